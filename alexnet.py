@@ -1,0 +1,179 @@
+"""AlexNet (Krizhevsky, Sutskever & Hinton 2012) as one TensorFlow graph in its own session.
+
+Every process that computes holds an `AlexNet` of its own: graphs do not serialize, weights do. All
+operations are built once and the graph is frozen, so that no step can make it grow.
+"""
+
+import contextlib
+import os
+
+import numpy as np
+
+from imagenet import IMAGE_SIZE
+
+
+@contextlib.contextmanager
+def _silent_start():
+    """Nothing on file descriptor 2 meanwhile: TensorFlow greets there from C++, whatever the log level."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+with _silent_start():
+    import tensorflow.compat.v1 as tf
+
+PIXEL_STD = 58.0  # about the standard deviation of ImageNet's pixels: inputs of unit variance
+
+# One row a layer: ("conv", filters, kernel side, stride, options...) or ("dense", units).
+# "norm" follows the ReLU and precedes "pool" (paper, section 3.3 to 3.5). The last dense layer, one
+# unit a class, is added by AlexNet.
+LAYERS = (
+    ("conv", 96, 11, 4, "norm", "pool"),
+    ("conv", 256, 5, 1, "norm", "pool"),
+    ("conv", 384, 3, 1),
+    ("conv", 384, 3, 1),
+    ("conv", 256, 3, 1, "pool"),
+    ("dense", 4096),
+    ("dense", 4096),
+)
+
+
+def weight_shapes(layers, num_classes):
+    """Shapes of the parameters in order: a kernel and a bias for each layer, the output last."""
+    shapes, side, channels = [], IMAGE_SIZE, 3
+    for kind, units, *options in layers:
+        if kind == "conv":
+            kernel, stride, *flags = options
+            shapes += [(kernel, kernel, channels, units), (units,)]
+            side = -(-side // stride)
+            side = (side - 3) // 2 + 1 if "pool" in flags else side
+            channels = units
+        else:
+            shapes += [(side * side * channels, units), (units,)]
+            side, channels = 1, units
+    return shapes + [(channels, num_classes), (num_classes,)]
+
+
+def initial_weights(layers, num_classes, std, rng):
+    """One initial matrix for each parameter: float32, in the order of `weight_shapes`.
+
+    `std` is the standard deviation of every kernel and bias, as in the write-up (0.1), or "he": each
+    kernel N(0, 2 / fan-in) (He et al. 2015, made for ReLU), the output N(0, 0.01^2), biases zero.
+    """
+    shapes = weight_shapes(layers, num_classes)
+    if std != "he":
+        return [rng.normal(scale=std, size=shape).astype(np.float32) for shape in shapes]
+    stds = [np.sqrt(2 / np.prod(shape[:-1])) if len(shape) > 1 else 0.0 for shape in shapes]
+    stds[-2] = 0.01
+    return [
+        rng.standard_normal(shape, np.float32) * np.float32(s)
+        for shape, s in zip(shapes, stds, strict=True)
+    ]
+
+
+class AlexNet:
+    """The network, its session and the operations that the driver and the workers run.
+
+    The 16 variables are `parameters`; `placeholders` has one float32 tensor for each, which feeds
+    `assignment` (initial or new weights) as well as `application` (gradients).
+    """
+
+    def __init__(self, layers=LAYERS, num_classes=1000, momentum=0.9, weight_decay=5e-4, threads=0):
+        """Build the graph and open its session; `threads` limits it (0: as many as there are CPUs)."""
+        graph = tf.Graph()
+        with graph.as_default():
+            self._build(layers, num_classes, momentum, weight_decay)
+        config = tf.ConfigProto(
+            intra_op_parallelism_threads=threads,
+            inter_op_parallelism_threads=1,
+            gpu_options=tf.GPUOptions(allow_growth=True),
+        )
+        with _silent_start():
+            self.sess = tf.Session(graph=graph, config=config)
+        graph.finalize()
+
+    def initialize(self, weights):
+        """Start to train from these weights, without momentum."""
+        self.sess.run(self.initializer)
+        self.update_weights(weights)
+
+    def weights(self):
+        """The 16 weights as float32 arrays."""
+        return self.sess.run(self.parameters)
+
+    def update_weights(self, weights):
+        """Take new weights. TensorFlow uses aligned arrays in place, read-only ones too."""
+        self.sess.run(self.assignment, dict(zip(self.placeholders, weights, strict=True)))
+
+    def compute_grad(self, images, y_true, keep, dropout_seed):
+        """The 16 gradients of the mean loss, and that loss.
+
+        images: float32 [n, 224, 224, 3], pixels minus their mean; y_true: float32 [n, classes];
+        keep: the probability that dropout keeps a unit; dropout_seed: two integers.
+        """
+        feed = {self.images: images, self.y_true: y_true}
+        feed |= {self.keep: keep, self.dropout_seed: dropout_seed}
+        return self.sess.run([[gradient for gradient, _ in self.compgrads], self.loss], feed)
+
+    def compute_accuracy(self, images, y_true):
+        """The share of images whose likeliest class is right (top-1), without dropout."""
+        return float(self.sess.run(self.accuracy, {self.images: images, self.y_true: y_true}))
+
+    def apply(self, gradients, learning_rate):
+        """One step of SGD with momentum and weight decay on gradients, one for each parameter."""
+        feed = dict(zip(self.placeholders, gradients, strict=True))
+        self.sess.run(self.application, feed | {self.learning_rate: learning_rate})
+
+    def _build(self, layers, num_classes, momentum, weight_decay):
+        shapes = weight_shapes(layers, num_classes)
+        self.images = tf.placeholder(tf.float32, [None, IMAGE_SIZE, IMAGE_SIZE, 3], "images")
+        self.y_true = tf.placeholder(tf.float32, [None, num_classes], "y_true")
+        self.keep = tf.placeholder_with_default(1.0, [], "keep_probability")
+        self.dropout_seed = tf.placeholder_with_default(np.zeros(2, np.int64), [2], "dropout_seed")
+        self.learning_rate = tf.placeholder_with_default(0.0, [], "learning_rate")
+        self.placeholders = [tf.placeholder(tf.float32, shape) for shape in shapes]
+        self.parameters = [
+            tf.get_variable(f"weight{i}", shape, initializer=tf.zeros_initializer(), use_resource=True)
+            for i, shape in enumerate(shapes)
+        ]
+        pairs = list(zip(self.placeholders, self.parameters, strict=True))
+        self.assignment = tf.group(*(v.assign(p, read_value=False) for p, v in pairs))
+
+        logits = self._logits(layers)
+        self.loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits))
+        hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.y_true, 1))
+        self.accuracy = tf.reduce_mean(tf.cast(hits, tf.float32))
+
+        optimizer = tf.train.MomentumOptimizer(self.learning_rate, momentum)
+        self.compgrads = optimizer.compute_gradients(self.loss, self.parameters)
+        decayed = [(p + weight_decay * v if len(v.shape) > 1 else p, v) for p, v in pairs]
+        self.application = optimizer.apply_gradients(decayed)
+        self.initializer = tf.variables_initializer(optimizer.variables())
+
+    def _logits(self, layers):
+        x, weights = self.images / PIXEL_STD, iter(self.parameters)
+        for i, (kind, _, *options) in enumerate(layers):
+            if kind == "conv":
+                _, stride, *flags = options
+                x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
+                if "norm" in flags:  # paper, section 3.3, n = 5; the sum takes alpha, not alpha / n
+                    x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
+                if "pool" in flags:  # overlapping: paper, section 3.4
+                    x = tf.nn.max_pool2d(x, 3, 2, "VALID")
+            else:
+                x = tf.reshape(x, [-1, int(np.prod(x.shape[1:]))])
+                x = tf.nn.relu(tf.matmul(x, next(weights)) + next(weights))
+                x = self._dropout(x, i)
+        return tf.matmul(x, next(weights)) + next(weights)
+
+    def _dropout(self, x, layer):
+        # TensorFlow's own dropout counts session runs; this mask depends on the fed seed alone.
+        seed = self.dropout_seed + np.array([0, layer])
+        draw = tf.random.stateless_uniform(tf.shape(x), seed, alg="philox")
+        return x * tf.cast(draw < self.keep, tf.float32) / self.keep

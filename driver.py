@@ -1,0 +1,190 @@
+"""Train AlexNet on ImageNet, straight from the tar files in an S3 bucket, data-parallel on Ray.
+
+    python driver.py --s3-bucket BUCKET [--key-prefix P] [--label-file L] [--iterations N]
+
+This file tells the whole story from top to bottom; functions.py, imagenet.py and alexnet.py hold the
+details. Edit the hyperparameters here, in the source.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+
+import alexnet
+import functions
+import imagenet
+
+NUM_WORKERS = None  # workers, and mini-batches an iteration; None: as many as the cluster has room for
+CPUS_PER_WORKER = 1  # CPUs, and so TensorFlow threads, of one worker
+GPUS_PER_WORKER = 0  # GPUs of one worker
+WORKER_WAIT = 300  # seconds to wait for room for all workers, on a cluster that may still grow
+WORKER_TIMEOUT = 300  # seconds after which a worker that does not answer is replaced
+MINI_BATCH = 20  # images a worker computes one gradient on
+SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two before training
+ACCURACY_EVERY = 10  # iterations between two accuracies
+ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
+LEARNING_RATE = 0.005  # step size; the paper starts at 0.01
+MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
+WEIGHT_DECAY = (
+    5e-4  # pull of the kernels towards zero, applied with the mean gradient (paper, section 5)
+)
+KEEP_PROBABILITY = 0.5  # of a unit, in dropout after the first two fully connected layers
+INITIAL_WEIGHTS = (
+    "he"  # "he", or a standard deviation: 0.1 in the write-up, with which nothing is learned
+)
+NUM_CLASSES = 1000  # labels are 0..NUM_CLASSES-1
+LAYERS = alexnet.LAYERS  # the network's table of layers
+SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
+
+
+def train(args, stop):
+    """The write-up, step by step: load, label, shuffle, then synchronous data-parallel SGD."""
+    joined = connect()
+
+    # Load ImageNet: one remote task a tar downloads and decodes it into the object store.
+    tars, others = imagenet.list_tars(args.s3_bucket, args.key_prefix)
+    print(
+        f"s3://{args.s3_bucket}/{args.key_prefix}*: {len(tars)} tars, {len(others)} other keys left out"
+    )
+    data = functions.data_task_options()
+    loaded = imagenet.load_tarfiles_from_s3(args.s3_bucket, tars, [256, 256], **data)
+
+    # Labels: the dictionary of the label file goes into the object store once, for every `convert`.
+    imagepairs = ray.put(imagenet.read_labels(args.s3_bucket, args.label_file, NUM_CLASSES))
+    converted = [functions.convert.options(**data).remote(names, imagepairs) for _, names, _ in loaded]
+
+    # AlexNet: a local network, which is trained, and one in each worker; they start while data loads.
+    count = NUM_WORKERS or max(1, functions.room_for_workers(CPUS_PER_WORKER, GPUS_PER_WORKER))
+    network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
+    workers = functions.Workers(
+        count, CPUS_PER_WORKER, GPUS_PER_WORKER, WORKER_TIMEOUT, network | {"threads": CPUS_PER_WORKER}
+    )
+    local = alexnet.AlexNet(**network, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    rng = functions.generator(SEED, "initial weights")
+    local.initialize(alexnet.initial_weights(LAYERS, NUM_CLASSES, INITIAL_WEIGHTS, rng))
+
+    # Match images and labels.
+    imagenet.report_loading(args.s3_bucket, [report for _, _, report in loaded])
+    batches = functions.match([images for images, _, _ in loaded], converted, **data)
+    if not batches:
+        raise imagenet.InputError(
+            f"s3://{args.s3_bucket}/{args.key_prefix}*: no image is readable and has a label in "
+            f"{args.label_file}: check --key-prefix and --label-file"
+        )
+    images = sum(batch.count for batch in batches)
+    print(f"{images} images in {len(batches)} batches")
+    mean = functions.mean_image(batches, **data)
+
+    # Shuffle: ImageNet comes sorted by class, so batches are mixed two by two, in several rounds.
+    for number in range(SHUFFLE_ROUNDS):
+        batches = functions.shuffle_round(batches, SEED, number, **data)
+        ray.wait([batch.labels for batch in batches], num_returns=len(batches), fetch_local=False)
+        print(f"Shuffle round {number + 1} of {SHUFFLE_ROUNDS} done")
+
+    workers.wait(WORKER_WAIT, cluster_can_grow=joined)
+    print(f"{count} workers are up; an iteration is {count} mini-batches of {MINI_BATCH} images")
+    print("Nothing is saved: the trained weights end with this run")
+
+    helpers = functions.Helpers()
+    iteration, stop.at_once = 0, False
+    minibatches = helpers.draw_minibatches(batches, MINI_BATCH, count, SEED, iteration)
+    while True:
+        start = time.perf_counter()
+
+        # The local network's weights go into the object store once, and from there to every worker.
+        weightrefs = [ray.put(weight) for weight in local.weights()]
+        workers.update_weights(iteration, weightrefs)
+
+        # The accuracy of these weights on a random batch, beside the training.
+        if iteration % ACCURACY_EVERY == 0:
+            sample = helpers.draw_sample(batches, ACCURACY_SAMPLE, SEED, iteration)
+            workers.print_accuracy(sample, mean)
+
+        # A gradient from each random mini-batch; the next ones are drawn meanwhile.
+        upcoming = helpers.draw_minibatches(batches, MINI_BATCH, count, SEED, iteration + 1)
+        gradients, losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
+
+        # The mean gradient trains the local network.
+        local.apply(helpers.mean_gradients(gradients), LEARNING_RATE)
+
+        seconds = time.perf_counter() - start
+        speed = count * MINI_BATCH / seconds
+        print(
+            f"Iteration {iteration}: loss = {np.mean(losses):.3f}, {speed:.1f} images/s, {seconds:.2f} s"
+        )
+        iteration, minibatches = iteration + 1, upcoming
+        if iteration == args.iterations or stop.signum:
+            break
+
+
+def connect(**start_options):
+    """Join the Ray cluster in RAY_ADDRESS or the one running here (True), or else start one (False).
+
+    The runtime environment carries the project's modules to every node, and nothing else.
+    """
+    if ray.is_initialized():
+        return True
+    here = Path(__file__).resolve().parent
+    modules = [str(here / f"{name}.py") for name in ("alexnet", "functions", "imagenet")]
+    options = {"runtime_env": {"py_modules": modules}, "logging_level": "ERROR", "log_to_driver": False}
+    try:
+        ray.init("auto", **options)
+        return True
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise functions.WorkerError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
+    ray.init("local", include_dashboard=False, **options, **start_options)
+    return False
+
+
+class Stop:
+    """SIGINT and SIGTERM: stop at once while `at_once`, else after the step; a second one at once."""
+
+    def __init__(self):
+        self.signum, self.at_once = 0, True
+
+    def __call__(self, signum, frame):
+        if self.signum or self.at_once:
+            self.signum = signum
+            raise KeyboardInterrupt
+        self.signum = signum
+        print("Stopping after this iteration", flush=True)
+
+
+def main(argv=None):
+    """Train as the command line says. Returns the exit status: 0, 2 (nothing to train), 130 or 143."""
+    parser = argparse.ArgumentParser(description="Train AlexNet on the ImageNet tars in an S3 bucket.")
+    parser.add_argument("--s3-bucket", default="sparknet", help="bucket that holds the image data")
+    parser.add_argument(
+        "--key-prefix", default="ILSVRC2012_img_train/n015", help="prefix of the tars' keys"
+    )
+    parser.add_argument("--label-file", default="train.txt", help="key of the file of labels")
+    parser.add_argument("--iterations", type=int, help="stop after so many (default: run until Ctrl-C)")
+    args = parser.parse_args(argv)
+    if args.iterations is not None and args.iterations < 1:
+        parser.error("--iterations must be 1 or more")
+    stop, own_ray = Stop(), not ray.is_initialized()
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(args, stop)
+    except KeyboardInterrupt:
+        pass
+    except (imagenet.InputError, functions.WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        if own_ray:
+            ray.shutdown()
+    return 128 + stop.signum if stop.signum else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,467 @@
+"""Remote functions on batches, and the workers that compute gradients.
+
+Everything random is drawn from a seed that is an argument: a task that runs again, to rebuild a lost
+object, gives the same object.
+"""
+
+import time
+import zlib
+from collections import deque, namedtuple
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.experimental import get_object_locations
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from imagenet import IMAGE_SIZE
+
+# An actor holds its CPUs for life. It asks for a slice less than it uses, so that data tasks, which
+# ask for a slice, always find room beside the workers, also to rebuild a lost block.
+CPU_SLICE = 0.05
+WORKER_SLICES = 2
+
+CRASHES_IN_A_ROW = 3  # of one mini-batch, or of workers that start, before the run gives up
+
+NO_LABEL = -1
+
+# References to images uint8 [n, 256, 256, 3] and labels int32 [n] in the object store; count is n.
+Batch = namedtuple("Batch", "images labels count")
+
+
+class WorkerError(Exception):
+    """Workers that cannot start or do not stay up. The message is one line."""
+
+
+def generator(*key):
+    """NumPy's generator for a key of integers and words, such as (seed, "crop", iteration, index)."""
+    return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
+
+
+def data_task_options():
+    """Ray options of a data task: a slice of a CPU, and memory for at most two tasks a CPU at a time."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    shares = [n["memory"] / n["CPU"] / 2 for n in nodes if n.get("CPU") and n.get("memory")]
+    return {"num_cpus": CPU_SLICE, "memory": int(min(shares, default=0))}
+
+
+# ---- labels
+
+
+@ray.remote(num_returns=2)
+def convert(filenames, imagepairs):
+    """Labels int32 [n] of n file names, NO_LABEL where the dict has none, and a small report.
+
+    The report has `images` (labelled), `unlabelled` and `named` (the first few of those).
+    """
+    labels = np.array([imagepairs.get(name, NO_LABEL) for name in filenames], np.int32)
+    missing = [name for name, label in zip(filenames, labels, strict=True) if label == NO_LABEL]
+    report = {
+        "images": len(filenames) - len(missing),
+        "unlabelled": len(missing),
+        "named": [ascii(name) for name in missing[:5]],
+    }
+    return labels, report
+
+
+def match(images, converted, **options):
+    """Batches of images (references) and their labels (references to `convert`'s pairs).
+
+    Images without a label are dropped, and batches without an image.
+    """
+    batches = []
+    reports = ray.get([report for _, report in converted])
+    for images_ref, (labels, _), report in zip(images, converted, reports, strict=True):
+        if report["unlabelled"] and report["images"]:
+            drop = drop_unlabelled.options(num_returns=2, **options)
+            images_ref, labels = drop.remote(images_ref, labels)
+        if report["images"]:
+            batches.append(Batch(images_ref, labels, report["images"]))
+    missing = sum(report["unlabelled"] for report in reports)
+    if missing:
+        named = [name for report in reports for name in report["named"]][:5]
+        print(f"{missing} images have no label and are left out: {', '.join(named)}")
+    return batches
+
+
+@ray.remote
+def drop_unlabelled(images, labels):
+    """The batch without the images that have no label."""
+    keep = labels != NO_LABEL
+    return images[keep], labels[keep]
+
+
+def one_hot(labels, num_classes):
+    """Integer labels [n] as float32 [n, num_classes]: one 1 a row."""
+    vectors = np.zeros((len(labels), num_classes), np.float32)
+    vectors[np.arange(len(labels)), labels] = 1
+    return vectors
+
+
+# ---- shuffle and mean image
+
+
+def shuffle_round(batches, seed, number, **options):
+    """Permute the batches and mix them two by two, disjointly; an odd one out waits for the next round.
+
+    The write-up pairs the permuted list with the original one, where a batch stands in two pairs:
+    images are lost and doubled. Returns the new list, as long as before.
+    """
+    order = generator(seed, "permute", number).permutation(len(batches))
+    permuted = [batches[i] for i in order]
+    mix = shuffle_pair.options(num_returns=4, **options)
+    mixed = permuted[len(permuted) // 2 * 2 :]
+    for pair in range(len(permuted) // 2):
+        a, b = permuted[2 * pair : 2 * pair + 2]
+        xa, ya, xb, yb = mix.remote(a.images, a.labels, b.images, b.labels, (seed, "mix", number, pair))
+        mixed += [Batch(xa, ya, a.count), Batch(xb, yb, b.count)]
+    return mixed
+
+
+@ray.remote
+def shuffle_pair(images_a, labels_a, images_b, labels_b, key):
+    """Two batches, mixed: every image is in exactly one of them; their sizes stay."""
+    n = len(labels_a)
+    order = generator(*key).permutation(n + len(labels_b))
+    labels = np.concatenate([labels_a, labels_b])[order]
+    mixed = [np.empty_like(images_a), np.empty_like(images_b)]
+    for place, source in enumerate(order):
+        image = images_a[source] if source < n else images_b[source - n]
+        mixed[place >= n][place - n if place >= n else place] = image
+    return mixed[0], labels[:n], mixed[1], labels[n:]
+
+
+def mean_image(batches, **options):
+    """A reference to the mean of all images, float32 [256, 256, 3] (paper, section 2)."""
+    sums = [sum_images.options(**options).remote(batch.images) for batch in batches]
+    while len(sums) > 1:  # integers: any order of additions gives the same sum
+        pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
+        sums = [add.options(**options).remote(*p) if len(p) == 2 else p[0] for p in pairs]
+    return divide.options(**options).remote(sums[0], sum(batch.count for batch in batches))
+
+
+@ray.remote
+def sum_images(images):
+    """The sum over a batch's images: int64 [256, 256, 3]."""
+    return images.sum(axis=0, dtype=np.int64)
+
+
+@ray.remote
+def add(a, b):
+    """The sum of two arrays."""
+    return a + b
+
+
+@ray.remote
+def divide(total, count):
+    """The mean of `count` things, float32, from their sum."""
+    return (total / count).astype(np.float32)
+
+
+# ---- beside the workers, on every node
+
+
+@ray.remote(num_cpus=CPU_SLICE, max_restarts=-1, max_task_retries=-1)
+class Helper:
+    """Does a node's small jobs of every iteration in one warm process; Ray ends idle tasks' processes.
+
+    It keeps nothing between calls, so that Ray may restart it and repeat any call.
+    """
+
+    def draw_minibatch(self, images, labels, count, key=None):
+        """Draw `count` images of a batch, cropped to 224x224.
+
+        With a key for `generator`: random images, crops and mirrors, for training. Without: the centre
+        crops of images spread evenly over the batch, for an accuracy. Returns crops uint8
+        [count, 224, 224, 3], labels [count], and [count, 3] of (top, left, mirrored) for the mean image.
+        """
+        margins = np.array(images.shape[1:3]) - IMAGE_SIZE
+        if key is None:
+            chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
+            crops = np.tile([*(margins // 2), 0], (len(chosen), 1))
+        else:
+            rng = generator(*key)
+            chosen = rng.integers(0, len(labels), count)
+            crops = rng.integers(0, [*(margins + 1), 2], (count, 3))
+        pixels = [crop_image(images[i], crop) for i, crop in zip(chosen, crops, strict=True)]
+        return np.stack(pixels), labels[chosen], crops
+
+    def add_gradients(self, a, b):
+        """The sums of two lists of arrays, variable by variable."""
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+
+class Helpers:
+    """One Helper on each node that needs one, so that large objects are used where they lie."""
+
+    def __init__(self):
+        self._on = {}  # node id -> Helper
+
+    def at(self, *refs):
+        """The helper on a node that holds the first of these objects whose place is known."""
+        places = get_object_locations(list(refs))
+        nodes = [node for ref in refs for node in places[ref]["node_ids"]]
+        node = nodes[0] if nodes else ray.get_runtime_context().get_node_id()
+        if node not in self._on:
+            here = NodeAffinitySchedulingStrategy(node, soft=True)
+            self._on[node] = Helper.options(scheduling_strategy=here).remote()
+        return self._on[node]
+
+    def draw_minibatches(self, batches, size, count, seed, iteration):
+        """References to an iteration's `count` mini-batches, of `size` images of a random batch each."""
+        chosen = [random_batch(batches, seed, "batch", iteration, index) for index in range(count)]
+        return [
+            self.at(batch.images).draw_minibatch.remote(
+                batch.images, batch.labels, size, (seed, "crop", iteration, index)
+            )
+            for index, batch in enumerate(chosen)
+        ]
+
+    def draw_sample(self, batches, size, seed, iteration):
+        """A reference to at most `size` images of a random batch, for an accuracy."""
+        batch = random_batch(batches, seed, "accuracy", iteration)
+        return self.at(batch.images).draw_minibatch.remote(batch.images, batch.labels, size)
+
+    def mean_gradients(self, gradients):
+        """The mean of sets of gradients, variable by variable, from a list of references to the sets.
+
+        Sets are added two by two in the order of the list, a fixed tree: the same floats wherever they
+        lie.
+        """
+        count = len(gradients)
+        while len(gradients) > 2:
+            pairs = [gradients[i : i + 2] for i in range(0, len(gradients), 2)]
+            gradients = [self.at(*p).add_gradients.remote(*p) if len(p) == 2 else p[0] for p in pairs]
+        sets = ray.get(gradients)
+        return [sum(grads[1:], start=grads[0]) / np.float32(count) for grads in zip(*sets, strict=True)]
+
+
+def random_batch(batches, *key):
+    """One of the batches, as likely as it is large, so that every image is equally likely."""
+    sizes = np.array([batch.count for batch in batches])
+    return batches[generator(*key).choice(len(batches), p=sizes / sizes.sum())]
+
+
+def crop_image(image, crop):
+    """A view of 224x224 pixels of an image [256, 256, 3]; `crop` is (top, left, mirrored)."""
+    top, left, mirrored = crop
+    image = image[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+    return image[:, ::-1] if mirrored else image
+
+
+def subtract_mean(pixels, crops, mean):
+    """Crops minus the same crops of the mean image: float32 [n, 224, 224, 3]."""
+    centred = np.empty(pixels.shape, np.float32)
+    for out, image, crop in zip(centred, pixels, crops, strict=True):
+        np.subtract(image, crop_image(mean, crop), out=out)
+    return centred
+
+
+# ---- workers
+
+
+@ray.remote
+class Worker:
+    """An actor: one network in its own session, in its own process, for as long as the run lasts.
+
+    Every request carries the references of the weights that it is about, so a worker that was
+    restarted, and missed `update_weights`, loads them first: it never computes on other weights.
+    """
+
+    def __init__(self, network):
+        import alexnet  # here, so that data tasks start without TensorFlow
+
+        self.network = alexnet.AlexNet(**network)
+        self.num_classes = network["num_classes"]
+        self.iteration = None
+
+    def ready(self):
+        """Return when the network is built."""
+
+    def update_weights(self, iteration, *weights):
+        """Load the weights of an iteration: views of the object store, which TensorFlow uses in place."""
+        self.network.update_weights(weights)
+        self.iteration = iteration
+
+    def _load(self, iteration, weightrefs):
+        if self.iteration != iteration:
+            self.update_weights(iteration, *ray.get(list(weightrefs)))
+
+    def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
+        """The 16 gradients of a mini-batch's mean loss, a list of float32 arrays, and that loss."""
+        self._load(iteration, weightrefs)
+        pixels, labels, crops = minibatch
+        images = subtract_mean(pixels, crops, mean)
+        y_true = one_hot(labels, self.num_classes)
+        return self.network.compute_grad(images, y_true, keep, dropout_seed)
+
+    def print_accuracy(self, iteration, weightrefs, minibatch, mean):
+        """The share of a mini-batch's images whose top-1 class is right, as text such as `3.1%`."""
+        self._load(iteration, weightrefs)
+        pixels, labels, crops = minibatch
+        images = subtract_mean(pixels, crops, mean)
+        return f"{self.network.compute_accuracy(images, one_hot(labels, self.num_classes)):.1%}"
+
+
+class Workers:
+    """The workers of a run: starts them, shares out an iteration's requests, replaces the lost.
+
+    An iteration is a fixed list of requests, each complete in itself. Any worker can take any of them,
+    so which worker does, and how many there are, never changes a result.
+    """
+
+    def __init__(self, count, cpus, gpus, timeout, network, report=print):
+        """Start `count` workers of `cpus` CPUs and `gpus` GPUs each, and return at once.
+
+        `timeout` bounds the seconds that a worker may take over one request, `network` holds AlexNet's
+        arguments, `report` prints a line.
+        """
+        self.count, self._cpus, self._gpus = count, cpus, gpus
+        self._timeout, self._network, self._report = timeout, network, report
+        self._weights = None  # iteration, references of its weights
+        self._aside = []  # requests to run beside the next gradients
+        self._up = {}  # number -> worker that is up
+        self._starting = {}  # reference that resolves once it is up -> number, worker
+        self._failed_starts = 0
+        for number in range(count):
+            self._start(number)
+
+    def _start(self, number):
+        worker = Worker.options(
+            num_cpus=self._cpus - WORKER_SLICES * CPU_SLICE,
+            num_gpus=self._gpus,
+            scheduling_strategy="SPREAD",
+        ).remote(self._network)
+        self._starting[worker.ready.remote()] = number, worker
+
+    def _admit(self, timeout):
+        """Take in the workers that have started, or do so within `timeout` seconds."""
+        if not self._starting:
+            return
+        for ref in ray.wait(list(self._starting), timeout=timeout)[0]:
+            number, worker = self._starting.pop(ref)
+            try:
+                ray.get(ref)
+            except RayActorError as error:
+                self._failed_starts += 1
+                if self._failed_starts == CRASHES_IN_A_ROW:
+                    raise WorkerError(f"workers do not start: {first_line(error)}") from error
+                self._start(number)
+            else:
+                self._failed_starts = 0
+                self._up[number] = worker
+
+    def wait(self, seconds, cluster_can_grow):
+        """Wait until all workers are up, at most `seconds`; WorkerError if the cluster cannot hold them."""
+        deadline, announced = time.monotonic() + seconds, False
+        while self._starting:
+            self._admit(timeout=1)
+            room = room_for_workers(self._cpus, self._gpus)
+            lack = (
+                f"{self.count} workers of {self._cpus} CPUs and {self._gpus} GPUs each were asked for, "
+                f"{len(self._up)} are up, and the cluster has room for {room} in all"
+            )
+            full = room < self.count
+            if time.monotonic() > deadline or (full and not cluster_can_grow):
+                raise WorkerError(f"{lack}: lower NUM_WORKERS or add nodes")
+            if full and not announced:
+                self._report(f"{lack}: waiting up to {seconds:.0f} s for more nodes")
+                announced = True
+
+    def update_weights(self, iteration, weightrefs):
+        """Tell every worker to load an iteration's weights, which the next requests are about."""
+        self._admit(timeout=0)
+        self._weights = iteration, weightrefs
+        for worker in self._up.values():
+            worker.update_weights.remote(iteration, *weightrefs)
+
+    def print_accuracy(self, minibatch, mean):
+        """Have one worker measure the accuracy on the weights just loaded, beside the next requests."""
+        self._aside = [("print_accuracy", 1, (minibatch, mean))]
+
+    def compute_grad(self, minibatches, mean, keep, seed):
+        """The gradients of all mini-batches on the weights just loaded, in the order of mini-batches.
+
+        Returns a list of references, each to a list of 16 float32 arrays, and a list of losses.
+        """
+        iteration, _ = self._weights
+        requests = [
+            ("compute_grad", 2, (minibatch, mean, keep, dropout_seed(seed, iteration, index)))
+            for index, minibatch in enumerate(minibatches)
+        ]
+        results = self._run(self._aside + requests)
+        for text, _ in results[: len(self._aside)]:
+            self._report(f"Iteration {iteration}: accuracy = {text}")
+        results, self._aside = results[len(self._aside) :], []
+        return [gradients for _, (gradients,) in results], [loss for loss, _ in results]
+
+    def _run(self, requests):
+        """Share out requests, each to the first free worker; their results in order.
+
+        A request is (method, number of returns, arguments). A result is the method's last return value
+        and the references of those before it. A request whose worker dies or hangs goes to another.
+        """
+        iteration, weightrefs = self._weights
+        waiting = deque(range(len(requests)))
+        crashes = [0] * len(requests)
+        results = [None] * len(requests)
+        running = {}  # reference of a request's last return -> its number, worker number, deadline
+        rest = {}  # number of a request -> references of its returns before the last
+        while waiting or running:
+            self._admit(timeout=0 if self._up else self._timeout)
+            if not self._up:
+                raise WorkerError(f"iteration {iteration}: no worker left, and none could start")
+            busy = {number for _, number, _ in running.values()}
+            for number in [n for n in sorted(self._up) if n not in busy][: len(waiting)]:
+                request = waiting.popleft()
+                method, returns, arguments = requests[request]
+                call = getattr(self._up[number], method).options(num_returns=returns)
+                refs = call.remote(iteration, weightrefs, *arguments)
+                *rest[request], last = refs if returns > 1 else [refs]
+                running[last] = request, number, time.monotonic() + self._timeout
+            next_deadline = min(deadline for *_, deadline in running.values())
+            done, _ = ray.wait(list(running), timeout=max(0, next_deadline - time.monotonic()))
+            late = [ref for ref in running if ref not in done and running[ref][2] < time.monotonic()]
+            for ref in done + late:
+                request, number, _ = running.pop(ref)
+                try:
+                    results[request] = ray.get(ref, timeout=0), rest[request]
+                except (RayActorError, GetTimeoutError) as error:
+                    crashes[request] += 1
+                    why = "hangs" if ref in late else first_line(error)
+                    if crashes[request] == CRASHES_IN_A_ROW:
+                        name = f"iteration {iteration}, {requests[request][0]} {request}"
+                        raise WorkerError(
+                            f"{name}: {CRASHES_IN_A_ROW} workers failed: {why}"
+                        ) from error
+                    waiting.appendleft(request)
+                    self._replace(number, why)
+        return results
+
+    def _replace(self, number, why):
+        worker = self._up.pop(number)
+        ray.kill(worker)
+        self._report(f"worker {number} is lost ({why}): {len(self._up)} of {self.count} go on")
+        self._start(number)
+
+
+def dropout_seed(seed, iteration, index):
+    """Two integers that decide the dropout masks of a mini-batch."""
+    return generator(seed, "dropout", iteration, index).integers(2**31, size=2).tolist()
+
+
+def room_for_workers(cpus, gpus):
+    """How many workers of so many CPUs and GPUs the nodes of the cluster hold together."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    by_cpu = [int(node.get("CPU", 0) // cpus) for node in nodes]
+    by_gpu = [
+        int(node.get("GPU", 0) // gpus) if gpus else n for node, n in zip(nodes, by_cpu, strict=True)
+    ]
+    return sum(map(min, by_cpu, by_gpu))
+
+
+def first_line(error):
+    """The first line of an error's message that says something."""
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

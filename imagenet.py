@@ -1,0 +1,322 @@
+"""ImageNet in S3: listing the tars, downloading and decoding them, the label file."""
+
+import io
+import posixpath
+import sys
+import tarfile
+
+import boto3
+import cv2
+import numpy as np
+import ray
+import simplejpeg
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from PIL import Image
+from tqdm import tqdm
+
+IMAGE_SIZE = (
+    224  # side of the square crop of an image that the network sees, pixels (paper, section 4.1)
+)
+
+MAX_PIXELS = 64 * 2**20  # larger images are taken for decompression bombs; ImageNet's largest has 24 M
+
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "GIF",
+    "BMP",
+    "WEBP",
+)  # what an image in a tar may be, whatever its name
+
+MAX_NAMED = 5  # left-out members (or keys) that a report names; the others are only counted
+
+# Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
+_RETRYING = Config(
+    connect_timeout=5, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 8}
+)
+_PARTS = TransferConfig(multipart_chunksize=8 * 2**20, max_concurrency=4, num_download_attempts=8)
+# The driver's own few requests fail within a minute when nothing answers.
+_IMPATIENT = Config(
+    connect_timeout=5, read_timeout=15, retries={"mode": "standard", "total_max_attempts": 3}
+)
+
+
+class InputError(Exception):
+    """Input that cannot be used. The message is one line: what, in which bucket and key, what to do."""
+
+
+def one_line(text):
+    """Any text on one printable ASCII line: names from tars can hold newlines and escape codes."""
+    return " ".join(str(text).split()).encode("ascii", "backslashreplace").decode()
+
+
+def s3_resource(config=_IMPATIENT, **where):
+    """A boto3 S3 resource of the ordinary AWS settings; `where` is an endpoint and region, if given."""
+    try:
+        return boto3.resource("s3", config=config, **where)
+    except (BotoCoreError, ValueError) as error:
+        raise InputError(f"S3 settings: {one_line(error)}") from error
+
+
+def s3_location():
+    """Endpoint (only one that is configured) and region of this process, for `s3_resource` elsewhere.
+
+    Credentials are not part of it: every node has its own.
+    """
+    plain = s3_resource(_IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta.client.meta
+    meta = s3_resource().meta.client.meta
+    where = {"region_name": meta.region_name}
+    if meta.endpoint_url != plain.endpoint_url:
+        where["endpoint_url"] = meta.endpoint_url
+    return where
+
+
+def explain(error):
+    """One line for an error of S3: what S3 or the network said, and what to do about it."""
+    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+    hint = {
+        "NoSuchBucket": "no such bucket; check --s3-bucket, AWS_ENDPOINT_URL and the region",
+        "404": "there is no such object or bucket",
+        "NoSuchKey": "there is no such key",
+        "AccessDenied": "access denied; check the credentials and the bucket's policy",
+        "403": "access denied; check the credentials and the bucket's policy",
+    }.get(code)
+    if hint:
+        return hint
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return (
+            f"{one_line(error)}; run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return one_line(error)
+
+
+def list_tars(bucket, prefix):
+    """The tars below a prefix, as listed: a dict key -> ETag in the order of keys, and keys left out.
+
+    Raises InputError where the bucket cannot be listed or holds no tar below the prefix.
+    """
+    try:
+        objects = s3_resource().Bucket(bucket).objects
+        listed = list(objects.filter(Prefix=prefix))
+        tars = {obj.key: obj.e_tag for obj in listed if obj.key.endswith(".tar")}
+        if not tars:
+            keys = [obj.key for obj in listed[:3]] or [obj.key for obj in objects.limit(3)]
+            raise InputError(
+                f"s3://{bucket}: no key with the prefix {one_line(prefix)!r} ends in .tar; "
+                + (f"there are: {', '.join(map(one_line, keys))}" if keys else "the bucket is empty")
+            )
+    except (BotoCoreError, Boto3Error, ClientError, ValueError) as error:
+        raise InputError(f"s3://{bucket}: {explain(error)}") from error
+    return tars, [obj.key for obj in listed if obj.key not in tars]
+
+
+def load_tarfiles_from_s3(bucket, keys, size, **options):
+    """Start to download and decode tars, one remote task each, and return at once.
+
+    `keys` are the tars' keys, or a dict of them with the ETags that the objects must have; `size` is
+    [height, width]; `options` are Ray's for the tasks. Returns a list of (images_ref, filenames_ref,
+    report_ref): images uint8 [n, height, width, 3] RGB, a list of n base names, and a dict with
+    `key`, `images` (n), `left_out` (a count) and `named` (the first few, each one line).
+    """
+    where = s3_location()
+    etags = keys if isinstance(keys, dict) else dict.fromkeys(keys)
+    load = _load_tarfile.options(num_returns=3, scheduling_strategy="SPREAD", **options)
+    return [tuple(load.remote(bucket, key, etag, tuple(size), where)) for key, etag in etags.items()]
+
+
+def report_loading(bucket, report_refs):
+    """Show the progress of tasks that load tars as they end, then what was left out and why.
+
+    A progress bar on a terminal, plain lines elsewhere. Raises a task's InputError.
+    """
+    reports, left = [], list(report_refs)
+    bar = tqdm(total=len(left), desc="Loading", unit="tar", disable=not sys.stderr.isatty())
+    while left:
+        done, left = ray.wait(left, num_returns=1)
+        try:
+            reports += ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            bar.close()
+            raise error.cause if isinstance(error.cause, InputError) else error
+        bar.update()
+        images = sum(report["images"] for report in reports)
+        bar.set_postfix(images=images)
+        if bar.disable and len(reports) * 10 // len(report_refs) > (len(reports) - 1) * 10 // len(
+            report_refs
+        ):
+            print(f"Loading: {len(reports)} of {len(report_refs)} tars, {images} images", flush=True)
+    bar.close()
+    spoilt = sorted((report for report in reports if report["left_out"]), key=lambda r: r["key"])
+    for report in spoilt[:MAX_NAMED]:
+        names = "; ".join(report["named"])
+        print(f"s3://{bucket}/{one_line(report['key'])}: {report['left_out']} left out: {names}")
+    if len(spoilt) > MAX_NAMED:
+        rest = sum(report["left_out"] for report in spoilt[MAX_NAMED:])
+        print(f"{rest} left out of {len(spoilt) - MAX_NAMED} more tars")
+
+
+@ray.remote
+def _load_tarfile(bucket, key, etag, size, where):
+    tar = download(bucket, key, etag, where)
+    images, names, left_out = decode_tar(tar, size)
+    named = [f"{one_line(name)}: {why}" for name, why in left_out[:MAX_NAMED]]
+    report = {"key": key, "images": len(names), "left_out": len(left_out), "named": named}
+    return images, names, report
+
+
+def download(bucket, key, etag, where):
+    """One object as bytes in memory (io.BytesIO); InputError if it is unreadable or has changed."""
+    body = io.BytesIO()
+    try:
+        s3_object = s3_resource(_RETRYING, **where).Object(bucket, key)
+        s3_object.download_fileobj(body, Config=_PARTS)
+        if etag not in (None, s3_object.e_tag):
+            raise InputError(
+                f"s3://{bucket}/{key} has changed since it was listed "
+                f"(ETag {etag}, now {s3_object.e_tag}): start again with the new data"
+            )
+    except (BotoCoreError, Boto3Error, ClientError, OSError) as error:
+        raise InputError(f"s3://{bucket}/{key}: {explain(error)}") from error
+    return body
+
+
+def decode_tar(tar, size):
+    """Decode every image of a tar (a file object): the array is allocated once, for all members.
+
+    Returns images uint8 [n, height, width, 3], their n base names, and (name, reason) of what was
+    left out: members that are no regular file or no readable image, and damage to the tar itself.
+    """
+    members, left_out = _members(tar)
+    images = np.empty((len(members), *size, 3), np.uint8)
+    names = []
+    for member in members:
+        try:
+            tar.seek(member.offset_data)
+            images[len(names)] = decode_image(tar.read(member.size), size)
+        except ImageError as error:
+            left_out.append((member.name, str(error)))
+        else:
+            names.append(posixpath.basename(member.name))
+    return images[: len(names)], names, left_out
+
+
+def _members(tar):
+    """The regular files that lie whole in a tar, and (name, reason) for everything else."""
+    end = tar.seek(0, io.SEEK_END)
+    tar.seek(0)
+    files, left_out = [], []
+    try:
+        # "r:" is an uncompressed tar; ignore_zeros reads on behind damaged headers.
+        with tarfile.open(fileobj=tar, mode="r:", ignore_zeros=True) as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    left_out.append((member.name, "no regular file"))
+                elif member.offset_data + member.size > end:
+                    left_out.append((member.name, "cut off by the end of the tar"))
+                else:
+                    files.append(member)
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
+        left_out.append(("the tar itself", one_line(error) or "damaged"))
+    if not files and not left_out:
+        left_out.append(("the tar itself", "empty, or no tar"))
+    return files, left_out
+
+
+class ImageError(Exception):
+    """Bytes that are no usable image; the message says why."""
+
+
+def decode_image(data, size):
+    """One encoded image as uint8 [height, width, 3] RGB, resized with an antialiasing filter.
+
+    Colour JPEGs, nearly all of ImageNet, take libjpeg-turbo and OpenCV; Pillow decides on the rest.
+    Raises ImageError.
+    """
+    height, width = size
+    try:
+        h, w, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space in ("YCbCr", "RGB", "Gray") and h >= height and w >= width and h * w <= MAX_PIXELS:
+            # min_factor=2: only halving while decoding is fast (and never below the size wanted).
+            pixels = simplejpeg.decode_jpeg(
+                data, "RGB", min_height=height, min_width=width, min_factor=2
+            )
+            return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    except ValueError:
+        pass
+    return _decode_with_pillow(data, size)
+
+
+def _decode_with_pillow(data, size):
+    height, width = size
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"too large: {image.width}x{image.height} pixels")
+            image.draft("RGB", (width, height))
+            return np.asarray(_to_rgb(image).resize((width, height), Image.Resampling.LANCZOS))
+    except ImageError:
+        raise
+    except Exception as error:  # a damaged file can raise anything from any of Pillow's parsers
+        raise ImageError(f"no readable image ({one_line(error)[:80]})") from error
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # 16-bit grey: scaled, where convert() would clip
+        grey = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_labels(bucket, key, num_classes):
+    """The label file, lines of `directory/name.JPEG label`, as a dict name.JPEG -> int.
+
+    Raises InputError with the line number for a line that is malformed, a label that is no integer
+    or outside 0..num_classes-1, and a name that has two labels.
+    """
+    place = f"s3://{bucket}/{key}"
+    try:
+        data = s3_resource().Object(bucket, key).get()["Body"].read()
+    except (BotoCoreError, Boto3Error, ClientError, OSError, ValueError) as error:
+        raise InputError(f"{place}: {explain(error)}; check --label-file") from error
+    return parse_labels(data, num_classes, place)
+
+
+def parse_labels(data, num_classes, place):
+    """`read_labels` on the file's bytes; `place` names it in errors."""
+    try:
+        lines = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{place}, line {line}: not text; check --label-file") from error
+    labels = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().rpartition(" ")
+        name = posixpath.basename(path.strip())
+        if not name:
+            raise InputError(
+                f"{place}, line {number}: not `directory/name.JPEG label`: {shorten(line)}"
+            )
+        if not (label.isascii() and label.isdigit() and int(label) < num_classes):
+            raise InputError(
+                f"{place}, line {number}: label {shorten(label)} is no integer in 0..{num_classes - 1}"
+            )
+        if labels.setdefault(name, int(label)) != int(label):
+            raise InputError(
+                f"{place}, line {number}: {shorten(name)} already has label {labels[name]}"
+            )
+    if not labels:
+        raise InputError(f"{place}: holds no label; check --label-file")
+    return labels
+
+
+def shorten(text):
+    """At most 60 characters of a text, quoted, on one line."""
+    return repr(one_line(text)[:60])

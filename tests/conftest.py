@@ -1,0 +1,55 @@
+"""One S3 server and one Ray for the whole session; buckets and the network are each test's own."""
+
+import os
+import uuid
+
+import pytest
+import ray
+
+import demo
+import driver
+
+# A network so thin that a step takes milliseconds; its layers are those of AlexNet.
+THIN = (
+    ("conv", 8, 11, 4, "norm", "pool"),
+    ("conv", 8, 5, 1, "norm", "pool"),
+    ("conv", 8, 3, 1),
+    ("conv", 8, 3, 1),
+    ("conv", 8, 3, 1, "pool"),
+    ("dense", 32),
+    ("dense", 32),
+)
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A client of moto's S3 server, a process of its own; the environment points there too."""
+    with demo.s3_server() as environment:
+        os.environ.update(environment)
+        os.environ.pop("AWS_PROFILE", None)
+        yield demo.s3_client(environment)
+
+
+@pytest.fixture(scope="session")
+def cluster(s3):
+    """A Ray of 2 CPUs, started after the S3 server so that its processes have the environment."""
+    driver.connect(num_cpus=2, object_store_memory=500 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def bucket(s3):
+    """The name of a new, empty bucket."""
+    name = f"test-{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def thin(monkeypatch):
+    """driver.py with the thin network, 10 classes and an accuracy every second iteration."""
+    monkeypatch.setattr(driver, "LAYERS", THIN)
+    monkeypatch.setattr(driver, "NUM_CLASSES", 10)
+    monkeypatch.setattr(driver, "ACCURACY_EVERY", 2)
+    return driver
