@@ -14,7 +14,7 @@ from imagenet import IMAGE_SIZE
 
 @contextlib.contextmanager
 def _silent_start():
-    """Nothing on file descriptor 2 meanwhile: TensorFlow greets there from C++, whatever the log level."""
+    """Close file descriptor 2 meanwhile: TensorFlow greets there from C++ at any log level."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

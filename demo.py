@@ -65,7 +65,7 @@ def make_tar(files):
 
 @contextlib.contextmanager
 def s3_server(log=subprocess.DEVNULL):
-    """Run moto's S3 server as a process on a free port of loopback; yields its environment variables."""
+    """Run moto's S3 server as a process on a free port of loopback; yields its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -115,9 +115,8 @@ def train(args, stop):
 
         seconds = time.perf_counter() - start
         speed = count * MINI_BATCH / seconds
-        print(
-            f"Iteration {iteration}: loss = {np.mean(losses):.3f}, {speed:.1f} images/s, {seconds:.2f} s"
-        )
+        loss = np.mean(losses)
+        print(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
         iteration, minibatches = iteration + 1, upcoming
         if iteration == args.iterations or stop.signum:
             break

@@ -39,7 +39,7 @@ def generator(*key):
 
 
 def data_task_options():
-    """Ray options of a data task: a slice of a CPU, and memory for at most two tasks a CPU at a time."""
+    """Ray options of a data task: a slice of a CPU, and memory for at most two tasks a CPU."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     shares = [n["memory"] / n["CPU"] / 2 for n in nodes if n.get("CPU") and n.get("memory")]
     return {"num_cpus": CPU_SLICE, "memory": int(min(shares, default=0))}
@@ -173,7 +173,7 @@ class Helper:
 
         With a key for `generator`: random images, crops and mirrors, for training. Without: the centre
         crops of images spread evenly over the batch, for an accuracy. Returns crops uint8
-        [count, 224, 224, 3], labels [count], and [count, 3] of (top, left, mirrored) for the mean image.
+        [count, 224, 224, 3], labels [count], crops [count, 3] of (top, left, mirrored).
         """
         margins = np.array(images.shape[1:3]) - IMAGE_SIZE
         if key is None:
@@ -208,7 +208,7 @@ class Helpers:
         return self._on[node]
 
     def draw_minibatches(self, batches, size, count, seed, iteration):
-        """References to an iteration's `count` mini-batches, of `size` images of a random batch each."""
+        """References to an iteration's `count` mini-batches, each `size` images of a random batch."""
         chosen = [random_batch(batches, seed, "batch", iteration, index) for index in range(count)]
         return [
             self.at(batch.images).draw_minibatch.remote(
@@ -279,7 +279,7 @@ class Worker:
         """Return when the network is built."""
 
     def update_weights(self, iteration, *weights):
-        """Load the weights of an iteration: views of the object store, which TensorFlow uses in place."""
+        """Load an iteration's weights: views of the object store, which TensorFlow uses in place."""
         self.network.update_weights(weights)
         self.iteration = iteration
 
@@ -352,7 +352,7 @@ class Workers:
                 self._up[number] = worker
 
     def wait(self, seconds, cluster_can_grow):
-        """Wait until all workers are up, at most `seconds`; WorkerError if the cluster cannot hold them."""
+        """Wait until all workers are up, at most `seconds`; WorkerError if they do not fit."""
         deadline, announced = time.monotonic() + seconds, False
         while self._starting:
             self._admit(timeout=1)

@@ -141,7 +141,9 @@ def report_loading(bucket, report_refs):
             reports += ray.get(done)
         except ray.exceptions.RayTaskError as error:
             bar.close()
-            raise error.cause if isinstance(error.cause, InputError) else error
+            if isinstance(error.cause, InputError):
+                raise error.cause from None
+            raise
         bar.update()
         images = sum(report["images"] for report in reports)
         bar.set_postfix(images=images)
