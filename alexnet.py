@@ -5,11 +5,16 @@ operations are built once and the graph is frozen, so that no step can make it g
 """
 
 import contextlib
+import json
 import os
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-from imagenet import IMAGE_SIZE
+from imagenet import IMAGE_SIZE, InputError, S3Folder, one_line
 
 
 @contextlib.contextmanager
@@ -26,7 +31,10 @@ def _silent_start():
 
 
 with _silent_start():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read once, when TensorFlow loads
     import tensorflow.compat.v1 as tf
+
+    tf.logging.set_verbosity(tf.logging.ERROR)  # compat.v1 is on purpose; no word of it being old
 
 PIXEL_STD = 58.0  # about the standard deviation of ImageNet's pixels: inputs of unit variance
 
@@ -125,6 +133,15 @@ class AlexNet:
         """The share of images whose likeliest class is right (top-1), without dropout."""
         return float(self.sess.run(self.accuracy, {self.images: images, self.y_true: y_true}))
 
+    def state(self):
+        """A copy of the weights and their momentum: a dict of name -> float32 array."""
+        return self.sess.run(self._state)
+
+    def restore(self, state):
+        """Go on from what `state` returned."""
+        feed = {load: state[name] for name, load in self._loads.items()}
+        self.sess.run(self._restoration, feed)
+
     def apply(self, gradients, learning_rate):
         """One step of SGD with momentum and weight decay on gradients, one for each parameter."""
         feed = dict(zip(self.placeholders, gradients, strict=True))
@@ -138,9 +155,11 @@ class AlexNet:
         self.dropout_seed = tf.placeholder_with_default(np.zeros(2, np.int64), [2], "dropout_seed")
         self.learning_rate = tf.placeholder_with_default(0.0, [], "learning_rate")
         self.placeholders = [tf.placeholder(tf.float32, shape) for shape in shapes]
+        kinds = [*(kind for kind, *_ in layers), "dense"]
+        names = [f"{kind}{i}/{part}" for i, kind in enumerate(kinds, 1) for part in ("kernel", "bias")]
         self.parameters = [
-            tf.get_variable(f"weight{i}", shape, initializer=tf.zeros_initializer(), use_resource=True)
-            for i, shape in enumerate(shapes)
+            tf.get_variable(name, shape, initializer=tf.zeros_initializer(), use_resource=True)
+            for name, shape in zip(names, shapes, strict=True)
         ]
         pairs = list(zip(self.placeholders, self.parameters, strict=True))
         self.assignment = tf.group(*(v.assign(p, read_value=False) for p, v in pairs))
@@ -155,6 +174,9 @@ class AlexNet:
         decayed = [(p + weight_decay * v if len(v.shape) > 1 else p, v) for p, v in pairs]
         self.application = optimizer.apply_gradients(decayed)
         self.initializer = tf.variables_initializer(optimizer.variables())
+        self._state = {v.op.name: v for v in [*self.parameters, *optimizer.variables()]}
+        self._loads = {name: tf.placeholder(tf.float32, v.shape) for name, v in self._state.items()}
+        self._restoration = [v.assign(self._loads[name]).op for name, v in self._state.items()]
 
     def _logits(self, layers):
         x, weights = self.images / PIXEL_STD, iter(self.parameters)
@@ -177,3 +199,113 @@ class AlexNet:
         seed = self.dropout_seed + np.array([0, layer])
         draw = tf.random.stateless_uniform(tf.shape(x), seed, alg="philox")
         return x * tf.cast(draw < self.keep, tf.float32) / self.keep
+
+
+class Checkpoints:
+    """Checkpoints in TensorFlow's own format, which `tf.train` reads; the newest three are kept.
+
+    A checkpoint is the state of an AlexNet and a dict of facts about its run, as JSON. A thread writes
+    it under names that nobody reads and renames them, the index last; then it goes to S3, if it shall,
+    in the same order; the file `checkpoint` names it last.
+    """
+
+    KEPT = 3
+
+    def __init__(self, place):
+        """Open a folder or `s3://bucket/prefix`; InputError if it cannot be written."""
+        self.place = place
+        self._remote = S3Folder(place) if place.startswith("s3://") else None
+        self._scratch = tempfile.TemporaryDirectory() if self._remote else None
+        self._folder = Path(self._scratch.name if self._remote else place).resolve()
+        self._writer, self._writing = ThreadPoolExecutor(1), None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob("ckpt-*.tempstate*"):  # of a save that was killed
+                leftover.unlink()
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise InputError(f"--checkpoint-dir {place}: {error.strerror}") from error
+
+    def _names(self):
+        """Names of the complete checkpoints, oldest first: the index is there once the data is."""
+        files = self._remote.names() if self._remote else [path.name for path in self._folder.iterdir()]
+        found = [re.fullmatch(r"ckpt-(\d+)\.index", file) for file in files]
+        return [f"ckpt-{number}" for number in sorted(int(match[1]) for match in found if match)]
+
+    def newest(self, report=print):
+        """State and facts of the newest intact checkpoint; (None, None) in an empty folder.
+
+        Reports each damaged one that is newer; InputError if there is none but damaged ones.
+        """
+        names = self._names()
+        for name in reversed(names):
+            try:
+                if self._remote:
+                    for file in _files(name):
+                        self._remote.download(file, self._folder / file)
+                reader = tf.train.load_checkpoint(str(self._folder / name))
+                # Reading a tensor verifies its checksum.
+                state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+                return state, json.loads(state.pop("facts"))
+            except InputError:
+                raise
+            except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
+                report(f"{self.place}: {name} is damaged and left out: {one_line(error)[:120]}")
+        if names:
+            raise InputError(f"{self.place}: no checkpoint is intact; remove them to start anew")
+        return None, None
+
+    def resume(self, fixed, free, report=print):
+        """State and facts as `newest`, if the `fixed` facts are the same; reports changed `free` ones.
+
+        Raises InputError with what does not match.
+        """
+        state, facts = self.newest(report)
+        if state:
+            was = facts["fixed"]
+            if wrong := [f"{key} (was {was.get(key)})" for key in fixed if was.get(key) != fixed[key]]:
+                raise InputError(
+                    f"{self.place} is of another run: different are {', '.join(wrong)}; "
+                    "restore that or name another --checkpoint-dir"
+                )
+            for key, value in free.items():
+                if value != facts["free"].get(key):
+                    report(f"{key} is {value} from here on, was {facts['free'].get(key)}")
+        return state, facts
+
+    def save(self, iteration, state, facts):
+        """Write a checkpoint behind training's back; waits only for the one before it."""
+        self.wait()
+        self._writing = self._writer.submit(self._write, f"ckpt-{iteration}", state, facts)
+
+    def wait(self):
+        """Wait until the last save is complete; InputError if it failed."""
+        try:
+            if self._writing:
+                self._writing.result()
+        except (OSError, tf.errors.OpError) as error:
+            raise InputError(f"--checkpoint-dir {self.place}: {one_line(error)[:200]}") from error
+
+    def _write(self, name, state, facts):
+        tensors = state | {"facts": json.dumps(facts)}
+        tf.raw_ops.SaveV2(
+            prefix=str(self._folder / name),
+            tensor_names=list(tensors),
+            shape_and_slices=[""] * len(tensors),
+            tensors=list(tensors.values()),
+        )
+        names = [*(other for other in self._names() if other != name), name]
+        tf.train.update_checkpoint_state(str(self._folder), name, names[-self.KEPT :])
+        if self._remote:
+            for file in [*_files(name), "checkpoint"]:
+                self._remote.upload(self._folder / file, file)
+        for old in names[: -self.KEPT]:
+            for file in reversed(_files(old)):
+                (self._folder / file).unlink(missing_ok=True)
+                if self._remote:
+                    self._remote.delete(file)
+
+
+def _files(checkpoint):
+    return [f"{checkpoint}.data-00000-of-00001", f"{checkpoint}.index"]

@@ -7,10 +7,12 @@ details. Edit the hyperparameters here, in the source.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ MINI_BATCH = 20  # images a worker computes one gradient on
 SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two before training
 ACCURACY_EVERY = 10  # iterations between two accuracies
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
+CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
 LEARNING_RATE = 0.005  # step size; the paper starts at 0.01
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
 WEIGHT_DECAY = (
@@ -46,6 +49,7 @@ SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dr
 def train(args, stop):
     """The write-up, step by step: load, label, shuffle, then synchronous data-parallel SGD."""
     joined = connect()
+    checkpoints = alexnet.Checkpoints(args.checkpoint_dir) if args.checkpoint_dir else None
 
     # Load ImageNet: one remote task a tar downloads and decodes it into the object store.
     tars, others = imagenet.list_tars(args.s3_bucket, args.key_prefix)
@@ -56,29 +60,49 @@ def train(args, stop):
     loaded = imagenet.load_tarfiles_from_s3(args.s3_bucket, tars, [256, 256], **data)
 
     # Labels: the dictionary of the label file goes into the object store once, for every `convert`.
-    imagepairs = ray.put(imagenet.read_labels(args.s3_bucket, args.label_file, NUM_CLASSES))
-    converted = [functions.convert.options(**data).remote(names, imagepairs) for _, names, _ in loaded]
+    imagepairs = imagenet.read_labels(args.s3_bucket, args.label_file, NUM_CLASSES)
+    imagepairs_ref = ray.put(imagepairs)
+    converted = [
+        functions.convert.options(**data).remote(names, imagepairs_ref) for _, names, _ in loaded
+    ]
+
+    # A checkpoint, if there is one, must be of this network, seed and data; it fixes the mini-batches.
+    fixed = {"LAYERS": repr(LAYERS), "NUM_CLASSES": NUM_CLASSES, "SEED": SEED, "MINI_BATCH": MINI_BATCH}
+    fixed |= {"SHUFFLE_ROUNDS": SHUFFLE_ROUNDS}
+    fixed |= {"tars": imagenet.digest(tars), "labels": imagenet.digest(imagepairs)}
+    free = {"LEARNING_RATE": LEARNING_RATE, "MOMENTUM": MOMENTUM, "WEIGHT_DECAY": WEIGHT_DECAY}
+    free |= {"KEEP_PROBABILITY": KEEP_PROBABILITY, "ACCURACY_EVERY": ACCURACY_EVERY}
+    state, facts = checkpoints.resume(fixed, free) if checkpoints else (None, None)
+    num_workers = NUM_WORKERS or max(1, functions.room_for_workers(CPUS_PER_WORKER, GPUS_PER_WORKER))
+    facts = facts or {"iteration": 0, "mini_batches": num_workers}
+    iteration, mini_batches = facts["iteration"], facts["mini_batches"]
 
     # AlexNet: a local network, which is trained, and one in each worker; they start while data loads.
-    count = NUM_WORKERS or max(1, functions.room_for_workers(CPUS_PER_WORKER, GPUS_PER_WORKER))
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
     workers = functions.Workers(
-        count, CPUS_PER_WORKER, GPUS_PER_WORKER, WORKER_TIMEOUT, network | {"threads": CPUS_PER_WORKER}
+        min(num_workers, mini_batches),
+        CPUS_PER_WORKER,
+        GPUS_PER_WORKER,
+        WORKER_TIMEOUT,
+        network | {"threads": CPUS_PER_WORKER},
     )
     local = alexnet.AlexNet(**network, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    rng = functions.generator(SEED, "initial weights")
-    local.initialize(alexnet.initial_weights(LAYERS, NUM_CLASSES, INITIAL_WEIGHTS, rng))
+    if state:
+        local.restore(state)
+    else:
+        rng = functions.generator(SEED, "initial weights")
+        local.initialize(alexnet.initial_weights(LAYERS, NUM_CLASSES, INITIAL_WEIGHTS, rng))
 
     # Match images and labels.
     imagenet.report_loading(args.s3_bucket, [report for _, _, report in loaded])
     batches = functions.match([images for images, _, _ in loaded], converted, **data)
+    del loaded, converted  # or their references would keep every batch twice
     if not batches:
         raise imagenet.InputError(
             f"s3://{args.s3_bucket}/{args.key_prefix}*: no image is readable and has a label in "
             f"{args.label_file}: check --key-prefix and --label-file"
         )
-    images = sum(batch.count for batch in batches)
-    print(f"{images} images in {len(batches)} batches")
+    print(f"{sum(batch.count for batch in batches)} images in {len(batches)} batches")
     mean = functions.mean_image(batches, **data)
 
     # Shuffle: ImageNet comes sorted by class, so batches are mixed two by two, in several rounds.
@@ -88,13 +112,18 @@ def train(args, stop):
         print(f"Shuffle round {number + 1} of {SHUFFLE_ROUNDS} done")
 
     workers.wait(WORKER_WAIT, cluster_can_grow=joined)
-    print(f"{count} workers are up; an iteration is {count} mini-batches of {MINI_BATCH} images")
-    print("Nothing is saved: the trained weights end with this run")
+    print(
+        f"{workers.count} workers; an iteration is {mini_batches} mini-batches of {MINI_BATCH} images"
+    )
+    if not checkpoints:
+        print("Nothing is saved (no --checkpoint-dir): the trained weights end with this run")
+    if state:
+        print(f"Resumed from {args.checkpoint_dir} at iteration {iteration}")
 
     helpers = functions.Helpers()
-    iteration, stop.at_once = 0, False
-    minibatches = helpers.draw_minibatches(batches, MINI_BATCH, count, SEED, iteration)
-    while True:
+    draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
+    minibatches, stop.at_once = draw(iteration), False
+    while not stop.signum and iteration < args.iterations:
         start = time.perf_counter()
 
         # The local network's weights go into the object store once, and from there to every worker.
@@ -107,19 +136,26 @@ def train(args, stop):
             workers.print_accuracy(sample, mean)
 
         # A gradient from each random mini-batch; the next ones are drawn meanwhile.
-        upcoming = helpers.draw_minibatches(batches, MINI_BATCH, count, SEED, iteration + 1)
+        upcoming = draw(iteration + 1)
         gradients, losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
 
         # The mean gradient trains the local network.
-        local.apply(helpers.mean_gradients(gradients), LEARNING_RATE)
+        local.apply(workers.mean_gradients(gradients), LEARNING_RATE)
 
         seconds = time.perf_counter() - start
-        speed = count * MINI_BATCH / seconds
+        speed = mini_batches * MINI_BATCH / seconds
         loss = np.mean(losses)
         print(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
         iteration, minibatches = iteration + 1, upcoming
-        if iteration == args.iterations or stop.signum:
-            break
+
+        done = stop.signum or iteration == args.iterations
+        if checkpoints and (done or iteration % CHECKPOINT_EVERY == 0):
+            facts = {"iteration": iteration, "mini_batches": mini_batches, "fixed": fixed, "free": free}
+            checkpoints.save(iteration, local.state(), facts)
+
+    if checkpoints:
+        checkpoints.wait()
+        print(f"Iteration {iteration} is saved in {args.checkpoint_dir}")
 
 
 def connect(**start_options):
@@ -164,9 +200,17 @@ def main(argv=None):
         "--key-prefix", default="ILSVRC2012_img_train/n015", help="prefix of the tars' keys"
     )
     parser.add_argument("--label-file", default="train.txt", help="key of the file of labels")
-    parser.add_argument("--iterations", type=int, help="stop after so many (default: run until Ctrl-C)")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=math.inf,
+        help="stop after so many in all (default: at Ctrl-C)",
+    )
+    parser.add_argument(
+        "--checkpoint-dir", help="save to and resume from a folder or s3://bucket/prefix"
+    )
     args = parser.parse_args(argv)
-    if args.iterations is not None and args.iterations < 1:
+    if args.iterations < 1:
         parser.error("--iterations must be 1 or more")
     stop, own_ray = Stop(), not ray.is_initialized()
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -10,7 +10,7 @@ from collections import deque, namedtuple
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -288,12 +288,18 @@ class Worker:
             self.update_weights(iteration, *ray.get(list(weightrefs)))
 
     def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
-        """The 16 gradients of a mini-batch's mean loss, a list of float32 arrays, and that loss."""
+        """The 16 gradients of a mini-batch's mean loss, a list of float32 arrays, and that loss.
+
+        The loss is NaN if any gradient is not finite.
+        """
         self._load(iteration, weightrefs)
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
         y_true = one_hot(labels, self.num_classes)
-        return self.network.compute_grad(images, y_true, keep, dropout_seed)
+        gradients, loss = self.network.compute_grad(images, y_true, keep, dropout_seed)
+        # A dot product with itself is the fastest pass that shows any NaN or infinity.
+        norm = sum(float(np.dot(g.ravel(), g.ravel())) for g in gradients)
+        return gradients, loss if np.isfinite(norm) else np.nan
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
         """The share of a mini-batch's images whose top-1 class is right, as text such as `3.1%`."""
@@ -320,6 +326,8 @@ class Workers:
         self._timeout, self._network, self._report = timeout, network, report
         self._weights = None  # iteration, references of its weights
         self._aside = []  # requests to run beside the next gradients
+        self._requests = []  # those of this iteration's gradients
+        self._helpers = Helpers()
         self._up = {}  # number -> worker that is up
         self._starting = {}  # reference that resolves once it is up -> number, worker
         self._failed_starts = 0
@@ -350,6 +358,8 @@ class Workers:
             else:
                 self._failed_starts = 0
                 self._up[number] = worker
+                if self._weights:
+                    self._report(f"worker {number} is back: {len(self._up)} of {self.count} are up")
 
     def wait(self, seconds, cluster_can_grow):
         """Wait until all workers are up, at most `seconds`; WorkerError if they do not fit."""
@@ -385,21 +395,44 @@ class Workers:
         Returns a list of references, each to a list of 16 float32 arrays, and a list of losses.
         """
         iteration, _ = self._weights
-        requests = [
+        self._requests = [
             ("compute_grad", 2, (minibatch, mean, keep, dropout_seed(seed, iteration, index)))
             for index, minibatch in enumerate(minibatches)
         ]
-        results = self._run(self._aside + requests)
-        for text, _ in results[: len(self._aside)]:
+        results = self._run(self._aside + self._requests)
+        for text, *_ in results[: len(self._aside)]:
             self._report(f"Iteration {iteration}: accuracy = {text}")
         results, self._aside = results[len(self._aside) :], []
-        return [gradients for _, (gradients,) in results], [loss for loss, _ in results]
+        for index, (loss, number, _) in enumerate(results):
+            if not np.isfinite(loss):
+                raise WorkerError(
+                    f"iteration {iteration}: loss or gradient of mini-batch {index} is not finite, "
+                    f"on worker {number}: lower LEARNING_RATE"
+                )
+        return [gradients for *_, (gradients,) in results], [loss for loss, *_ in results]
+
+    def mean_gradients(self, gradients):
+        """The mean of sets of gradients, variable by variable: a list of 16 float32 arrays.
+
+        Gradients that a node took along when it died are computed again.
+        """
+        for _ in range(CRASHES_IN_A_ROW):
+            try:
+                return self._helpers.mean_gradients(gradients)
+            except (ObjectLostError, RayActorError, RayTaskError) as error:
+                lost = getattr(error, "cause", error)
+                if not isinstance(lost, ObjectLostError | RayActorError):
+                    raise
+                self._report(f"gradients are lost ({first_line(lost)}): they are computed again")
+                gradients = [refs[0] for *_, refs in self._run(self._requests)]
+        raise WorkerError(f"gradients were lost {CRASHES_IN_A_ROW} times in a row: {first_line(lost)}")
 
     def _run(self, requests):
         """Share out requests, each to the first free worker; their results in order.
 
-        A request is (method, number of returns, arguments). A result is the method's last return value
-        and the references of those before it. A request whose worker dies or hangs goes to another.
+        A request is (method, number of returns, arguments). A result is (the method's last return
+        value, the worker's number, references of the values before). A request whose worker dies or
+        hangs goes to another one.
         """
         iteration, weightrefs = self._weights
         waiting = deque(range(len(requests)))
@@ -425,7 +458,7 @@ class Workers:
             for ref in done + late:
                 request, number, _ = running.pop(ref)
                 try:
-                    results[request] = ray.get(ref, timeout=0), rest[request]
+                    results[request] = ray.get(ref, timeout=0), number, rest[request]
                 except (RayActorError, GetTimeoutError) as error:
                     crashes[request] += 1
                     why = "hangs" if ref in late else first_line(error)

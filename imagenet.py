@@ -1,6 +1,9 @@
 """ImageNet in S3: listing the tars, downloading and decoding them, the label file."""
 
+import contextlib
+import hashlib
 import io
+import json
 import posixpath
 import sys
 import tarfile
@@ -92,6 +95,54 @@ def explain(error):
             f"{one_line(error)}; run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     return one_line(error)
+
+
+class S3Folder:
+    """A folder in S3, `s3://bucket/prefix`, of files that go up and down whole.
+
+    Every method raises InputError where S3 does not do it.
+    """
+
+    def __init__(self, url):
+        """Name the folder; nothing is asked of S3 yet."""
+        name, _, prefix = url.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix.rstrip('/')}/" if prefix else ""
+        self._bucket = s3_resource(_RETRYING).Bucket(name)
+
+    def names(self):
+        """Names of the files."""
+        with s3_errors(self._bucket.name, self._prefix):
+            listed = self._bucket.objects.filter(Prefix=self._prefix)
+            return [obj.key.removeprefix(self._prefix) for obj in listed]
+
+    def upload(self, path, name):
+        """Put a local file."""
+        with s3_errors(self._bucket.name, self._prefix + name):
+            self._bucket.upload_file(str(path), self._prefix + name, Config=_PARTS)
+
+    def download(self, name, path):
+        """Get a file."""
+        with s3_errors(self._bucket.name, self._prefix + name):
+            self._bucket.download_file(self._prefix + name, str(path), Config=_PARTS)
+
+    def delete(self, name):
+        """Delete a file."""
+        with s3_errors(self._bucket.name, self._prefix + name):
+            self._bucket.Object(self._prefix + name).delete()
+
+
+@contextlib.contextmanager
+def s3_errors(bucket, key=""):
+    """Turn whatever boto3 raises into an InputError that names bucket and key."""
+    try:
+        yield
+    except (BotoCoreError, Boto3Error, ClientError, OSError, ValueError) as error:
+        raise InputError(f"s3://{bucket}/{one_line(key)}: {explain(error)}") from error
+
+
+def digest(value):
+    """A short fingerprint of a JSON-like value, such as the listed tars with their ETags."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def list_tars(bucket, prefix):

@@ -1,0 +1,240 @@
+"""The network, its session and the checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import THIN
+
+import alexnet
+from imagenet import InputError
+
+
+def random_input(n=4, num_classes=10, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.normal(scale=58, size=(n, 224, 224, 3)).astype(np.float32)
+    return images, np.eye(num_classes, dtype=np.float32)[rng.integers(0, num_classes, n)]
+
+
+def thin_network(**options):
+    network = alexnet.AlexNet(THIN, num_classes=10, **options)
+    weights = alexnet.initial_weights(THIN, 10, "he", np.random.default_rng(0))
+    network.initialize(weights)
+    return network
+
+
+def test_full_size_has_16_variables_and_62_million_parameters():
+    shapes = alexnet.weight_shapes(alexnet.LAYERS, 1000)
+    assert len(shapes) == 16
+    assert sum(int(np.prod(shape)) for shape in shapes) == 62_378_344
+    assert shapes[::2] == [
+        (11, 11, 3, 96),
+        (5, 5, 96, 256),
+        (3, 3, 256, 384),
+        (3, 3, 384, 384),
+        (3, 3, 384, 256),
+        (9216, 4096),
+        (4096, 4096),
+        (4096, 1000),
+    ]
+
+
+def test_graph_agrees_with_weight_shapes_and_is_frozen():
+    network = thin_network()
+    assert [tuple(v.shape) for v in network.parameters] == alexnet.weight_shapes(THIN, 10)
+    assert len(network.parameters) == len(network.placeholders) == len(network.compgrads) == 16
+    with pytest.raises(RuntimeError, match="finalized"), network.sess.graph.as_default():
+        tf.constant(0)
+
+
+def test_forward_pass_is_the_papers_network():
+    """The loss and the gradient of the graph against the same layers written out in eager TensorFlow."""
+    network = thin_network()
+    weights, (images, y_true) = network.weights(), random_input()
+    variables = [tf.Variable(w) for w in weights]
+    with tf.GradientTape() as tape:
+        x, kernels = tf.constant(images) / alexnet.PIXEL_STD, iter(variables)
+        for i, stride in enumerate([4, 1, 1, 1, 1]):
+            x = tf.nn.relu(tf.nn.conv2d(x, next(kernels), stride, "SAME") + next(kernels))
+            if i < 2:  # normalisation before pooling: x / (2 + 1e-4 * sum of 5 squares) ** 0.75
+                squares = tf.pad(x**2, [[0, 0], [0, 0], [0, 0], [2, 2]])
+                total = sum(squares[..., j : j + x.shape[-1]] for j in range(5))
+                x = x / (2 + 1e-4 * total) ** 0.75
+            if i in (0, 1, 4):
+                x = tf.nn.max_pool2d(x, 3, 2, "VALID")
+        x = tf.reshape(x, [len(images), -1])
+        for _ in range(2):
+            x = tf.nn.relu(x @ next(kernels) + next(kernels))
+        logits = x @ next(kernels) + next(kernels)
+        loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(y_true, logits))
+    expected = tape.gradient(loss, variables)
+    gradients, got = network.compute_grad(images, y_true, 1.0, [0, 0])
+    assert got == pytest.approx(float(loss), rel=1e-5)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
+        assert error < 1e-4
+    right = np.mean(np.argmax(logits, 1) == np.argmax(y_true, 1))
+    assert network.compute_accuracy(images, y_true) == pytest.approx(right)
+
+
+def test_mean_gradient_of_parts_is_the_gradient_of_the_union():
+    network = thin_network()
+    images, y_true = random_input(20)
+    parts = [network.compute_grad(images[i::2], y_true[i::2], 1.0, [0, 0])[0] for i in (0, 1)]
+    union, _ = network.compute_grad(images, y_true, 1.0, [0, 0])
+    for a, b, both in zip(*parts, union, strict=True):
+        assert np.linalg.norm((a + b) / 2 - both) <= 1e-5 * np.linalg.norm(both)
+
+
+def test_dropout_depends_on_the_fed_seed_alone():
+    network = thin_network()
+    images, y_true = random_input()
+    losses = [network.compute_grad(images, y_true, 0.5, seed)[1] for seed in ([1, 2], [3, 4], [1, 2])]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_dropout_keeps_the_mean():
+    network = thin_network()
+    with tf.Graph().as_default():
+        seed = tf.compat.v1.placeholder(tf.int64, [2])
+        network.dropout_seed, network.keep = seed, tf.constant(0.5)
+        dropped = network._dropout(tf.ones([100, 100]), 0)
+        with tf.compat.v1.Session() as sess:
+            values = sess.run(dropped, {seed: [5, 6]})
+    assert set(np.unique(values)) == {0.0, 2.0}
+    assert values.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_apply_is_sgd_with_momentum_and_decay_of_the_kernels():
+    network = thin_network(momentum=0.9, weight_decay=0.01)
+    before = network.weights()
+    gradients = [np.ones_like(w) for w in before]
+    network.apply(gradients, 0.1)
+    middle = network.weights()
+    network.apply(gradients, 0.1)
+    for w0, w1, w2 in zip(before, middle, network.weights(), strict=True):
+        decay = 0.01 if w0.ndim > 1 else 0
+        v1 = 1 + decay * w0
+        np.testing.assert_allclose(w1, w0 - 0.1 * v1, rtol=1e-5, atol=1e-7)
+        v2 = 0.9 * v1 + 1 + decay * w1
+        np.testing.assert_allclose(w2, w1 - 0.1 * v2, rtol=1e-5, atol=1e-7)
+
+
+def test_loss_falls_on_a_small_set():
+    network = thin_network()
+    images, y_true = random_input(20)
+    losses = []
+    for step in range(60):
+        gradients, loss = network.compute_grad(images, y_true, 1.0, [0, step])
+        network.apply(gradients, 0.01)
+        losses.append(loss)
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_weights_are_used_in_place():
+    """TensorFlow takes an aligned read-only array as it is; a copy of full weights would cost 250 MB."""
+    network = thin_network()
+    shape = network.parameters[-2].shape
+    size = 4 * int(np.prod(shape))
+    buffer = np.zeros(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    view = buffer[start : start + size].view(np.float32).reshape(shape)
+    view.flags.writeable = False
+    weights = network.weights()
+    weights[-2] = view
+    network.update_weights(weights)
+    buffer[start : start + size].view(np.float32)[:] = 7.0
+    assert (network.weights()[-2] == 7.0).all()
+
+
+def test_initial_weights():
+    rng = np.random.default_rng(0)
+    he = alexnet.initial_weights(alexnet.LAYERS[:5], 1000, "he", rng)
+    assert he[2].std() == pytest.approx(np.sqrt(2 / (5 * 5 * 96)), rel=0.01)
+    assert he[-2].std() == pytest.approx(0.01, rel=0.01)
+    assert not any(bias.any() for bias in he[1::2])
+    assert all(w.dtype == np.float32 for w in he)
+    assert alexnet.initial_weights(THIN, 10, 0.1, rng)[0].std() == pytest.approx(0.1, rel=0.1)
+
+
+FIXED, FREE = {"SEED": 0}, {"LEARNING_RATE": 0.1}
+
+
+def save(checkpoints, iteration, network):
+    facts = {"iteration": iteration, "fixed": FIXED, "free": FREE}
+    checkpoints.save(iteration, network.state(), facts)
+    checkpoints.wait()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request, tmp_path):
+    if request.param == "folder":
+        return str(tmp_path / "new" / "checkpoints")
+    return f"s3://{request.getfixturevalue('bucket')}/some/prefix"
+
+
+def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
+    network, checkpoints = thin_network(), alexnet.Checkpoints(str(tmp_path))
+    for iteration in range(1, 6):
+        save(checkpoints, iteration, network)
+    assert tf.train.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
+    assert len(list(tmp_path.glob("*.index"))) == len(list(tmp_path.glob("*.data*"))) == 3
+    reader = tf.train.load_checkpoint(tmp_path)
+    assert (reader.get_tensor("conv1/kernel") == network.weights()[0]).all()
+    assert json.loads(reader.get_tensor("facts"))["iteration"] == 5
+
+
+def test_resume_restores_weights_and_momentum(place):
+    network = thin_network()
+    assert alexnet.Checkpoints(place).resume(FIXED, FREE) == (None, None)
+    gradients = [np.ones_like(w) for w in network.weights()]
+    network.apply(gradients, 0.1)
+    save(alexnet.Checkpoints(place), 1, network)
+    network.apply(gradients, 0.1)
+    state, facts = alexnet.Checkpoints(place).resume(FIXED, FREE)
+    assert facts["iteration"] == 1
+    other = thin_network()
+    other.restore(state)
+    other.apply(gradients, 0.1)
+    for a, b in zip(other.weights(), network.weights(), strict=True):
+        assert (a == b).all()
+
+
+def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_path):
+    network, checkpoints = thin_network(), alexnet.Checkpoints(str(tmp_path))
+    for iteration in (1, 2, 3):
+        save(checkpoints, iteration, network)
+    data = tmp_path / "ckpt-3.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:-100] + bytes(100))
+    index = tmp_path / "ckpt-2.index"
+    index.write_bytes(index.read_bytes()[:50])
+    (tmp_path / "checkpoint").write_text("nonsense")
+    said = []
+    _, facts = alexnet.Checkpoints(str(tmp_path)).resume(FIXED, FREE, said.append)
+    assert facts["iteration"] == 1
+    assert ["ckpt-3" in said[0], "ckpt-2" in said[1]] == [True, True]
+    data = tmp_path / "ckpt-1.data-00000-of-00001"
+    data.write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint is intact"):
+        alexnet.Checkpoints(str(tmp_path)).resume(FIXED, FREE, said.append)
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path):
+    network, checkpoints = thin_network(), alexnet.Checkpoints(str(tmp_path))
+    save(checkpoints, 1, network)
+    with pytest.raises(InputError, match="SEED"):
+        checkpoints.resume({"SEED": 1}, FREE)
+    said = []
+    checkpoints.resume(FIXED, {"LEARNING_RATE": 0.2}, said.append)
+    assert said == ["LEARNING_RATE is 0.2 from here on, was 0.1"]
+
+
+def test_a_save_that_fails_is_one_clear_line(tmp_path):
+    checkpoints = alexnet.Checkpoints(str(tmp_path / "there"))
+    (tmp_path / "there").rmdir()
+    (tmp_path / "there").write_text("a file in its place")
+    with pytest.raises(InputError, match="--checkpoint-dir"):
+        save(checkpoints, 1, thin_network())
+    with pytest.raises(InputError, match="--checkpoint-dir"):
+        alexnet.Checkpoints(str(tmp_path / "there" / "below"))

@@ -1,0 +1,165 @@
+"""Remote functions on batches, on a real Ray: labels, shuffle, mean image, mini-batches, gradients."""
+
+import numpy as np
+import pytest
+import ray
+
+import functions
+from functions import NO_LABEL, Batch
+
+
+def put_batches(sizes, side=256):
+    """Batches of images that each are filled with their own number, which is their label too."""
+    batches, start = [], 0
+    for size in sizes:
+        labels = np.arange(start, start + size, dtype=np.int32)
+        images = np.empty((size, side, side, 3), np.uint8)
+        images[:] = labels[:, None, None, None]
+        batches.append(Batch(ray.put(images), ray.put(labels), size))
+        start += size
+    return batches
+
+
+def test_convert_looks_names_up_and_reports_the_missing(cluster):
+    pairs = ray.put({"a.JPEG": 3, "b.JPEG": 0})
+    labels, report = ray.get(functions.convert.remote(["b.JPEG", "c.JPEG", "a.JPEG"], pairs))
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [0, NO_LABEL, 3]
+    assert report == {"images": 2, "unlabelled": 1, "named": ["'c.JPEG'"]}
+
+
+def test_match_drops_unlabelled_images_and_empty_batches(cluster, capsys):
+    images = [ray.put(np.full((n, 4, 4, 3), n, np.uint8)) for n in (2, 3, 1, 0)]
+    names = [["a", "b"], ["c", "x", "d"], ["y"], []]
+    pairs = ray.put({"a": 0, "b": 1, "c": 2, "d": 3})
+    converted = [functions.convert.remote(batch, pairs) for batch in names]
+    batches = functions.match(images, converted)
+    assert [batch.count for batch in batches] == [2, 2]
+    assert [ray.get(batch.labels).tolist() for batch in batches] == [[0, 1], [2, 3]]
+    assert ray.get(batches[1].images).shape == (2, 4, 4, 3)
+    assert "2 images have no label and are left out: 'x', 'y'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [(5, 3, 4, 1), (3, 2, 4), (6,)])
+def test_shuffle_keeps_every_image_once_with_its_label(cluster, sizes):
+    batches = put_batches(sizes, side=8)
+    for number in range(5):
+        batches = functions.shuffle_round(batches, 0, number)
+        images, labels = (ray.get([getattr(b, part) for b in batches]) for part in ("images", "labels"))
+        assert sorted(np.concatenate(labels).tolist()) == list(range(sum(sizes)))
+        for batch, pixels, label in zip(batches, images, labels, strict=True):
+            assert len(pixels) == len(label) == batch.count
+            assert (pixels == label[:, None, None, None]).all()
+    assert sorted(batch.count for batch in batches) == sorted(sizes)
+
+
+def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(cluster):
+    def shuffled(seed):
+        mixed = functions.shuffle_round(put_batches([50] * 4, side=2), seed, 0)
+        return [ray.get(batch.labels).tolist() for batch in mixed]
+
+    first = shuffled(1)
+    assert first == shuffled(1) != shuffled(2)
+    for a, b in (first[:2], first[2:]):  # each pair holds the images of exactly two batches
+        assert len({image // 50 for image in a + b}) == 2
+        assert len({image // 50 for image in a}) == 2
+
+
+def test_an_odd_batch_out_takes_part_in_another_round(cluster):
+    batches = put_batches([40] * 3, side=2)
+    for number in range(5):
+        batches = functions.shuffle_round(batches, 0, number)
+    for batch in batches:
+        assert len({image // 40 for image in ray.get(batch.labels).tolist()}) == 3
+
+
+def test_mean_image_is_exact(cluster):
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (n, 6, 5, 3), np.uint8) for n in (4, 1, 7)]
+    batches = [Batch(ray.put(a), None, len(a)) for a in arrays]
+    mean = ray.get(functions.mean_image(batches))
+    assert mean.dtype == np.float32
+    np.testing.assert_array_equal(mean, np.concatenate(arrays).mean(axis=0).astype(np.float32))
+
+
+def test_one_hot():
+    assert functions.one_hot(np.array([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_crop_image_crops_and_mirrors():
+    image = np.arange(256 * 256 * 3).reshape(256, 256, 3)
+    assert (functions.crop_image(image, (3, 32, 0)) == image[3:227, 32:256]).all()
+    assert (functions.crop_image(image, (0, 1, 1)) == image[:224, 1:225][:, ::-1]).all()
+
+
+def draw(batches, **changes):
+    arguments = {"size": 20, "count": 2, "seed": 0, "iteration": 3} | changes
+    return ray.get(functions.Helpers().draw_minibatches(batches, **arguments))
+
+
+def test_minibatches_are_random_crops_decided_by_seed_iteration_and_index(cluster):
+    batches = put_batches([30, 60])
+    minibatches = draw(batches)
+    for pixels, labels, crops in minibatches:
+        assert pixels.shape == (20, 224, 224, 3)
+        assert pixels.dtype == np.uint8
+        assert (pixels == labels[:, None, None, None]).all()
+        assert crops[:, :2].min() >= 0 and crops[:, :2].max() <= 32
+        assert len(np.unique(crops[:, 0])) > 5 and set(crops[:, 2]) == {0, 1}
+    assert minibatches[0][1].tolist() != minibatches[1][1].tolist()
+    again, other = draw(batches), draw(batches, iteration=4)
+    assert all((a[2] == b[2]).all() for a, b in zip(minibatches, again, strict=True))
+    assert not all((a[2] == b[2]).all() for a, b in zip(minibatches, other, strict=True))
+    # Index 0 is the same mini-batch however many there are.
+    assert (draw(batches, count=5)[0][2] == minibatches[0][2]).all()
+
+
+def test_every_crop_can_occur_at_the_edges(cluster):
+    crops = np.concatenate([m[2] for m in draw(put_batches([5]), count=20)])
+    assert crops[:, 0].min() == crops[:, 1].min() == 0
+    assert crops[:, 0].max() == crops[:, 1].max() == 32
+
+
+def test_random_batch_is_as_likely_as_it_is_large():
+    batches = [Batch(None, None, 10), Batch(None, None, 90)]
+    drawn = [functions.random_batch(batches, 0, "batch", i).count for i in range(1000)]
+    assert 70 < drawn.count(10) < 130
+
+
+def test_an_accuracys_sample_is_bounded_and_cropped_at_the_centre(cluster):
+    helpers, batches = functions.Helpers(), put_batches([250])
+    pixels, labels, crops = ray.get(helpers.draw_sample(batches, 100, 0, 0))
+    assert len(pixels) == 100 and len(set(labels.tolist())) == 100
+    assert set(map(tuple, crops)) == {(16, 16, 0)}
+    assert len(ray.get(helpers.draw_sample(put_batches([7]), 100, 0, 0))[1]) == 7
+
+
+def test_the_mean_is_subtracted_under_the_same_crop():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (256, 256, 3), np.uint8)
+    crops = np.array([[0, 32, 0], [5, 9, 1]])
+    pixels = np.stack([functions.crop_image(image, crop) for crop in crops])
+    assert not functions.subtract_mean(pixels, crops, image.astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_mean_gradients_is_the_mean_by_a_fixed_tree(cluster, count):
+    rng = np.random.default_rng(0)
+    sets = [
+        [rng.normal(size=shape).astype(np.float32) for shape in ((3, 4), (4,))] for _ in range(count)
+    ]
+    mean = functions.Helpers().mean_gradients([ray.put(grads) for grads in sets])
+    tree = [[g.copy() for g in grads] for grads in sets]
+    while len(tree) > 1:
+        pairs = [tree[i : i + 2] for i in range(0, count, 2)]
+        tree = [[sum(g[1:], start=g[0]) for g in zip(*p, strict=True)] for p in pairs if p]
+    for got, total in zip(mean, tree[0], strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, total / np.float32(count))
+
+
+def test_room_counts_whole_workers_a_node(cluster):
+    assert functions.room_for_workers(1, 0) == 2
+    assert functions.room_for_workers(2, 0) == 1
+    assert functions.room_for_workers(3, 0) == 0
+    assert functions.room_for_workers(1, 1) == 0
