@@ -168,11 +168,13 @@ def connect(**start_options):
     here = Path(__file__).resolve().parent
     modules = [str(here / f"{name}.py") for name in ("alexnet", "functions", "imagenet")]
     options = {"runtime_env": {"py_modules": modules}, "logging_level": "ERROR", "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init("auto", **options)
-        return True
+        if address != "local":  # Ray's word for a cluster of one's own
+            ray.init("auto", **options)
+            return True
     except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
+        if address:
             raise functions.WorkerError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
     ray.init("local", include_dashboard=False, **options, **start_options)
     return False

@@ -461,7 +461,7 @@ class Workers:
                     results[request] = ray.get(ref, timeout=0), number, rest[request]
                 except (RayActorError, GetTimeoutError) as error:
                     crashes[request] += 1
-                    why = "hangs" if ref in late else first_line(error)
+                    why = f"no answer in {self._timeout} s" if ref in late else first_line(error)
                     if crashes[request] == CRASHES_IN_A_ROW:
                         name = f"iteration {iteration}, {requests[request][0]} {request}"
                         raise WorkerError(

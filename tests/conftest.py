@@ -1,10 +1,12 @@
 """One S3 server and one Ray for the whole session; buckets and the network are each test's own."""
 
+import hashlib
 import os
 import uuid
 
 import pytest
 import ray
+import tensorflow as tf
 
 import demo
 import driver
@@ -33,6 +35,7 @@ def s3():
 @pytest.fixture(scope="session")
 def cluster(s3):
     """A Ray of 2 CPUs, started after the S3 server so that its processes have the environment."""
+    os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
     driver.connect(num_cpus=2, object_store_memory=500 * 2**20)
     yield
     ray.shutdown()
@@ -53,3 +56,22 @@ def thin(monkeypatch):
     monkeypatch.setattr(driver, "NUM_CLASSES", 10)
     monkeypatch.setattr(driver, "ACCURACY_EVERY", 2)
     return driver
+
+
+@pytest.fixture(scope="session")
+def photos(s3):
+    """A bucket of 10 classes of 12 images each, as driver.py's defaults expect it."""
+    demo.fill_bucket(s3, "photos", images_per_class=12)
+    return "photos"
+
+
+def train(bucket, *options):
+    return driver.main(["--s3-bucket", bucket, *map(str, options)])
+
+
+def checksums(folder):
+    """SHA-256 of every variable and its momentum in the newest checkpoint."""
+    reader = tf.train.load_checkpoint(str(folder))
+    names = [name for name in reader.get_variable_to_shape_map() if name != "facts"]
+    assert len(names) == 32
+    return {name: hashlib.sha256(reader.get_tensor(name).tobytes()).hexdigest() for name in names}

@@ -49,7 +49,7 @@ def test_graph_agrees_with_weight_shapes_and_is_frozen():
 
 
 def test_forward_pass_is_the_papers_network():
-    """The loss and the gradient of the graph against the same layers written out in eager TensorFlow."""
+    """The graph's loss and gradient are those of the same layers written out in eager TensorFlow."""
     network = thin_network()
     weights, (images, y_true) = network.weights(), random_input()
     variables = [tf.Variable(w) for w in weights]
@@ -133,7 +133,7 @@ def test_loss_falls_on_a_small_set():
 
 
 def test_weights_are_used_in_place():
-    """TensorFlow takes an aligned read-only array as it is; a copy of full weights would cost 250 MB."""
+    """TensorFlow takes an aligned read-only array as it is: full weights are 250 MB."""
     network = thin_network()
     shape = network.parameters[-2].shape
     size = 4 * int(np.prod(shape))

@@ -1,0 +1,200 @@
+"""driver.py from end to end: real S3, Ray, TensorFlow and JPEGs, with a thin network."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from conftest import THIN, checksums, train
+
+import alexnet
+import demo
+import driver
+import functions
+
+
+def test_the_whole_story(thin, cluster, photos, capsys):
+    assert train(photos, "--iterations", 5) == 0
+    out = capsys.readouterr().out
+    assert "s3://photos/ILSVRC2012_img_train/n015*: 10 tars, 0 other keys left out" in out
+    assert "Loading: 10 of 10 tars, 120 images" in out
+    assert "120 images in 10 batches" in out
+    assert re.findall(r"Shuffle round (\d) of 5 done", out) == list("12345")
+    assert "2 workers; an iteration is 2 mini-batches of 20 images" in out
+    assert "Nothing is saved" in out
+    lines = re.findall(r"^Iteration (\d): loss = [\d.]+, [\d.]+ images/s, [\d.]+ s$", out, re.M)
+    assert lines == list("01234")
+    assert re.findall(r"^Iteration (\d): accuracy = [\d.]+%$", out, re.M) == list("024")
+
+
+def test_it_learns(thin, cluster, photos, capsys, monkeypatch):
+    monkeypatch.setattr(thin, "ACCURACY_EVERY", 1000)
+    monkeypatch.setattr(thin, "LEARNING_RATE", 0.02)
+    monkeypatch.setattr(thin, "KEEP_PROBABILITY", 1.0)
+    assert train(photos, "--iterations", 120) == 0
+    losses = [float(loss) for loss in re.findall(r"loss = ([\d.]+)", capsys.readouterr().out)]
+    assert np.mean(losses[:3]) > 2
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3])
+
+
+def test_two_runs_with_a_seed_give_the_same_bits(thin, cluster, photos, tmp_path):
+    for name in "ab":
+        assert train(photos, "--iterations", 4, "--checkpoint-dir", tmp_path / name) == 0
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+    thin.SEED, seed = 1, thin.SEED
+    try:
+        assert train(photos, "--iterations", 4, "--checkpoint-dir", tmp_path / "c") == 0
+    finally:
+        thin.SEED = seed
+    assert checksums(tmp_path / "a") != checksums(tmp_path / "c")
+
+
+def test_every_image_is_there_once_after_loading_and_shuffling(thin, cluster, s3, bucket, monkeypatch):
+    """Each image has a label of its own: labels are file identities; its colour proves the pixels."""
+    files = {
+        f"n{i}.JPEG": demo.jpeg(demo.Image.new("RGB", (300, 260), (i, 255 - i, 2 * i)))
+        for i in range(35)
+    }
+    names = sorted(files)
+    for tar in range(5):
+        some = {name: files[name] for name in names[tar::5]}
+        s3.put_object(Bucket=bucket, Key=f"{tar}.tar", Body=demo.make_tar(some))
+    lines = [f"x/n{i}.JPEG {i}" for i in range(35)]
+    s3.put_object(Bucket=bucket, Key="train.txt", Body="\n".join(lines).encode())
+    monkeypatch.setattr(thin, "NUM_CLASSES", 35)
+    seen = []
+    start = functions.Helpers.draw_minibatches
+
+    def spy(self, batches, *arguments):
+        if not seen:
+            seen.extend(ray.get([(b.images, b.labels)[part] for b in batches]) for part in (0, 1))
+        return start(self, batches, *arguments)
+
+    monkeypatch.setattr(functions.Helpers, "draw_minibatches", spy)
+    assert train(bucket, "--key-prefix", "", "--iterations", 1) == 0
+    images, labels = map(np.concatenate, seen)
+    assert sorted(labels.tolist()) == list(range(35))
+    for image, label in zip(images, labels, strict=True):
+        assert np.abs(image.mean(axis=(0, 1)) - [label, 255 - label, 2 * label]).max() < 4
+
+
+def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(thin, cluster, monkeypatch):
+    rng = np.random.default_rng(0)
+    minibatches = [
+        (
+            rng.integers(0, 256, (20, 224, 224, 3), np.uint8),
+            rng.integers(0, 10, 20),
+            np.zeros((20, 3), int),
+        )
+        for _ in range(3)
+    ]
+    mean = rng.normal(120, 10, (256, 256, 3)).astype(np.float32)
+    weights = alexnet.initial_weights(THIN, 10, "he", rng)
+    network = {"layers": THIN, "num_classes": 10}
+    workers = functions.Workers(2, 1, 0, 100, network | {"threads": 1})
+    workers.wait(60, cluster_can_grow=False)
+    workers.update_weights(0, [ray.put(w) for w in weights])
+    gradients, losses = workers.compute_grad([ray.put(m) for m in minibatches], ray.put(mean), 1.0, 0)
+    got = workers.mean_gradients(gradients)
+
+    local = alexnet.AlexNet(**network)
+    local.initialize(weights)
+    pixels, labels, crops = (np.concatenate(part) for part in zip(*minibatches, strict=True))
+    centred = functions.subtract_mean(pixels, crops, mean)
+    union, loss = local.compute_grad(centred, functions.one_hot(labels, 10), 1.0, [0, 0])
+    assert np.mean(losses) == pytest.approx(loss, rel=1e-5)
+    for a, b in zip(got, union, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_each_worker_is_a_process_with_weights_from_one_object(thin, cluster):
+    network = {"layers": THIN, "num_classes": 10, "threads": 1}
+    workers = functions.Workers(2, 1, 0, 100, network)
+    workers.wait(60, cluster_can_grow=False)
+    processes = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if (p.info["cmdline"] or [""])[0].startswith("ray::Worker")
+    ]
+    assert len(processes) >= 2
+    # Data tasks find room beside workers that hold both CPUs.
+    data = functions.data_task_options()
+    labels, _ = functions.convert.options(**data).remote(["a"], {"a": 1})
+    assert ray.get(labels, timeout=30).tolist() == [1]
+
+
+BEHIND_THE_CHECKOUT = """
+import sys
+from pathlib import Path
+import ray
+import driver
+
+driver.connect(num_cpus=1)
+checkout = Path(driver.__file__).resolve().parent
+checkout.rename(checkout.with_name("gone"))  # from here on, no node can see it
+
+@ray.remote
+def carried():
+    import alexnet, functions, imagenet
+    return sorted({str(file) for module in (alexnet, functions, imagenet)
+                   for file in Path(module.__file__).parent.iterdir() if file.name != "__pycache__"})
+
+print(*ray.get(carried.remote()), sep="\\n")
+"""
+
+
+def test_modules_and_nothing_else_reach_nodes_without_the_checkout(tmp_path):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for module in Path(driver.__file__).resolve().parent.glob("*.py"):
+        shutil.copy(module, checkout)
+    for folder in (".git", ".venv", "checkpoints", "data"):
+        (checkout / folder).mkdir()
+        (checkout / folder / "ballast").write_text("x")
+    output = subprocess.run(
+        [sys.executable, "-c", BEHIND_THE_CHECKOUT],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    files = [Path(line) for line in output.stdout.split()]
+    assert {file.name for file in files} == {"alexnet.py", "functions.py", "imagenet.py"}, output.stderr
+    assert not any(tmp_path in file.parents for file in files)
+
+
+def test_accuracy_does_not_keep_other_workers_waiting(thin, cluster, tmp_path, monkeypatch):
+    """While one worker is busy with an accuracy, another one computes all the mini-batches."""
+    network = {"layers": THIN, "num_classes": 10, "threads": 1}
+    workers = functions.Workers(2, 1, 0, 100, network)
+    workers.wait(60, cluster_can_grow=False)
+    minibatch = ray.put((np.zeros((2, 224, 224, 3), np.uint8), np.zeros(2, int), np.zeros((2, 3), int)))
+    mean = ray.put(np.zeros((256, 256, 3), np.float32))
+    weights = alexnet.initial_weights(THIN, 10, "he", np.random.default_rng(0))
+    workers.update_weights(0, [ray.put(w) for w in weights])
+
+    @ray.remote(num_cpus=0)
+    def behind(gate, value):
+        while not gate.exists():
+            time.sleep(0.05)
+        return value
+
+    done, wait = set(), ray.wait
+
+    def watch(*arguments, **options):
+        ready, rest = wait(*arguments, **options)
+        done.update(ready)
+        if len(done) == 2:
+            (tmp_path / "gate").touch()
+        return ready, rest
+
+    monkeypatch.setattr(ray, "wait", watch)
+    workers.print_accuracy(behind.remote(tmp_path / "gate", minibatch), mean)
+    gradients, _ = workers.compute_grad([minibatch, minibatch], mean, 1.0, 0)
+    assert len(gradients) == 2 and len(done) == 3

@@ -1,0 +1,295 @@
+"""Whatever dies, a run ends with the weights of an undisturbed one, bit for bit."""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import checksums, train
+from ray.cluster_utils import Cluster
+from thin_driver import fingerprint
+
+import functions
+import imagenet
+
+ITERATIONS = 60
+
+
+@pytest.fixture(scope="module")
+def undisturbed(s3, photos, tmp_path_factory):
+    """Checksums after ITERATIONS of a run that nothing disturbs, with 2 mini-batches an iteration."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with thin_driver(photos, folder) as run:
+        assert run.wait() == 0, run.output()
+    return checksums(folder)
+
+
+class Run:
+    """driver.py as a process of its own, its lines as they come."""
+
+    def __init__(self, command, environment):
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.pid, self._lines, self._news = self._process.pid, [], threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in itertools.chain(self._process.stdout, ["[end]"]):
+            with self._news:
+                self._lines.append(line)
+                self._news.notify_all()
+
+    def output(self):
+        return "".join(self._lines)
+
+    def wait_for(self, text, seconds=120):
+        """Wait until the output holds a text."""
+        with self._news:
+            came = self._news.wait_for(lambda: text in self.output() or "[end]" in self._lines, seconds)
+        assert came and text in self.output(), f"{text!r} did not come:\n{self.output()}"
+
+    def wait(self, seconds=200):
+        """Wait for the end; the exit status."""
+        return self._process.wait(seconds)
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def thin_driver(bucket, folder, *settings, iterations=ITERATIONS, address="local"):
+    command = [sys.executable, "-u", str(Path(__file__).with_name("thin_driver.py"))]
+    command += ["NUM_WORKERS=2", *settings, "--s3-bucket", bucket, "--checkpoint-dir", str(folder)]
+    run = Run([*command, "--iterations", str(iterations)], os.environ | {"RAY_ADDRESS": address})
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def workers_of(pid):
+    """The worker processes below a process."""
+    below = psutil.Process(pid).children(recursive=True)
+    return [process for process in below if title(process).startswith("ray::Worker")]
+
+
+def title(process):
+    with contextlib.suppress(psutil.Error, IndexError):
+        return process.cmdline()[0]
+    return ""
+
+
+def hit_one_computing(pid, signum):
+    """Send a signal to a worker while it computes a gradient."""
+    workers, deadline = workers_of(pid), time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in workers:
+            if title(process).startswith("ray::Worker.compute_grad"):
+                process.send_signal(signum)
+                return process
+    raise AssertionError("no worker was seen computing")
+
+
+@pytest.mark.parametrize(
+    "moment", ["before update_weights", "in update_weights", "after update_weights"]
+)
+def test_worker_killed_around_update_weights(
+    thin, cluster, photos, undisturbed, tmp_path, monkeypatch, capsys, moment
+):
+    update = functions.Workers.update_weights
+
+    def with_a_death(self, iteration, weightrefs):
+        victim = workers_of(os.getpid())[0] if iteration == 2 else None
+        if victim and moment.startswith("before"):
+            victim.kill()
+            victim.wait()
+        update(self, iteration, weightrefs)
+        if victim and moment.startswith("after"):
+            time.sleep(1)
+        if victim and not moment.startswith("before"):
+            victim.kill()
+
+    monkeypatch.setattr(functions.Workers, "update_weights", with_a_death)
+    assert train(photos, "--iterations", ITERATIONS, "--checkpoint-dir", tmp_path) == 0
+    assert "is lost" in capsys.readouterr().out
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_worker_killed_in_compute_grad(photos, undisturbed, tmp_path):
+    with thin_driver(photos, tmp_path) as run:
+        run.wait_for("Iteration 1: loss")
+        hit_one_computing(run.pid, signal.SIGKILL)
+        assert run.wait() == 0, run.output()
+    assert "is lost" in run.output()
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_worker_that_hangs_is_replaced(photos, undisturbed, tmp_path):
+    with thin_driver(photos, tmp_path, "WORKER_TIMEOUT=8") as run:
+        run.wait_for("Iteration 1: loss")
+        stopped = hit_one_computing(run.pid, signal.SIGSTOP)
+        assert run.wait() == 0, run.output()
+        stopped.wait(30)  # it is gone, not left behind stopped
+    assert "is lost (no answer in 8 s)" in run.output()
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_crashes_in_a_row_end_the_run_with_one_line(photos, tmp_path):
+    with thin_driver(photos, tmp_path) as run:
+        run.wait_for("Iteration 1: loss")
+        with contextlib.suppress(psutil.Error):
+            while run._process.poll() is None:
+                for process in workers_of(run.pid):
+                    process.kill()
+        assert run.wait() == 2
+    assert len(re.findall("^error: .*", run.output(), re.M)) == 1
+    assert "Traceback" not in run.output()
+
+
+@pytest.fixture
+def nodes(s3):
+    """A cluster of two nodes of one CPU each, with object stores of their own."""
+    size = {"num_cpus": 1, "object_store_memory": 300 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=size)
+    cluster.second = cluster.add_node(**size)
+    cluster.add_second = lambda: cluster.add_node(**size)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def contents(s3, photos):
+    """What must be in the object store: every image of the bucket once, with its label."""
+    labels = imagenet.read_labels(photos, "train.txt", 10)
+    images, found = [], []
+    for key in imagenet.list_tars(photos, "")[0]:
+        tar = io.BytesIO(s3.get_object(Bucket=photos, Key=key)["Body"].read())
+        decoded, names, _ = imagenet.decode_tar(tar, (256, 256))
+        images.extend(decoded)
+        found += [labels[name] for name in names]
+    return f"{len(images)} images: {fingerprint(images, found)}"
+
+
+@pytest.mark.parametrize("moment", ["Loading: 3 of 10", "Shuffle round 2", "Iteration 5: loss"])
+def test_node_killed(nodes, photos, undisturbed, contents, tmp_path, moment):
+    with thin_driver(photos, tmp_path, "WORKER_WAIT=60", address=nodes.address) as run:
+        run.wait_for(moment)
+        nodes.remove_node(nodes.second, allow_graceful=False)
+        if not moment.startswith("Iteration"):  # the run has not started: it waits for both workers
+            nodes.add_second()
+        assert run.wait() == 0, run.output()
+    fingerprints = re.findall(r"^\d+ images: \w{64}$", run.output(), re.M)
+    assert set(fingerprints) == {contents} and len(fingerprints) >= 3
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_run_goes_on_when_a_worker_cannot_come_back(nodes, photos, tmp_path):
+    with thin_driver(photos, tmp_path / "a", iterations=300, address=nodes.address) as run:
+        run.wait_for("Iteration 1: loss")
+        nodes.remove_node(nodes.second, allow_graceful=False)
+        run.wait_for("1 of 2 go on")
+        nodes.add_second()
+        run.wait_for("is back: 2 of 2")
+        assert run.wait() == 0, run.output()
+    with thin_driver(photos, tmp_path / "b", iterations=300) as run:
+        assert run.wait() == 0, run.output()
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+
+
+@pytest.mark.parametrize("moment", ["loading", "training", "saving"])
+def test_driver_killed_resumes_to_the_same_weights(photos, undisturbed, tmp_path, moment):
+    with thin_driver(photos, tmp_path, "CHECKPOINT_EVERY=5") as run:
+        if moment == "saving":
+            run.wait_for("Iteration 9: loss")
+            while not list(tmp_path.glob("ckpt-*.tempstate*")) and run.wait_for_nothing():
+                pass
+        else:
+            run.wait_for({"loading": "Loading: 3 of 10", "training": "Iteration 23: loss"}[moment])
+        run.kill()
+    # A cluster of another size: one worker computes both mini-batches of an iteration.
+    with thin_driver(photos, tmp_path, "NUM_WORKERS=1" if moment == "training" else "SEED=0") as run:
+        assert run.wait() == 0, run.output()
+    assert ("Resumed from" in run.output()) == (moment != "loading")
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_interrupt_saves_and_the_run_resumes_from_s3(photos, bucket, undisturbed, tmp_path):
+    place = f"s3://{bucket}/runs/1"
+    with thin_driver(photos, place, iterations=100_000) as run:
+        run.wait_for("Iteration 3: loss")
+        os.kill(run.pid, signal.SIGTERM)
+        assert run.wait() == 143, run.output()
+        assert "Traceback" not in run.output()
+    saved = int(re.search(r"Iteration (\d+) is saved", run.output())[1])
+    assert saved > 3
+    with thin_driver(photos, place, iterations=saved + 2) as run:
+        assert run.wait() == 0, run.output()
+    assert f"Resumed from {place} at iteration {saved}" in run.output()
+    for key in ("data-00000-of-00001", "index"):
+        name = f"ckpt-{saved + 2}.{key}"
+        imagenet.S3Folder(place).download(name, tmp_path / name)
+    imagenet.S3Folder(place).download("checkpoint", tmp_path / "checkpoint")
+    with thin_driver(photos, tmp_path / "whole", iterations=saved + 2) as run:
+        assert run.wait() == 0
+    assert checksums(tmp_path) == checksums(tmp_path / "whole")
+
+
+def test_second_interrupt_stops_at_once_and_leaves_nothing_running(photos, tmp_path):
+    with thin_driver(photos, tmp_path, iterations=100_000) as run:
+        run.wait_for("Iteration 3: loss")
+        below = psutil.Process(run.pid).children(recursive=True)
+        worker = hit_one_computing(run.pid, signal.SIGSTOP)  # this step would never end
+        os.kill(run.pid, signal.SIGINT)
+        run.wait_for("Stopping after this iteration")
+        os.kill(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130, run.output()
+        assert "Traceback" not in run.output()
+        _, alive = psutil.wait_procs(below, timeout=30)
+        assert worker not in alive and not alive
+
+
+def test_loss_that_is_not_finite_ends_the_run(photos, tmp_path):
+    with thin_driver(photos, tmp_path, "LEARNING_RATE=1e30", "CHECKPOINT_EVERY=1") as run:
+        assert run.wait() == 2, run.output()
+    errors = re.findall("^error: .*", run.output(), re.M)
+    assert len(errors) == 1
+    assert re.match(
+        r"error: iteration \d+: loss or gradient .* worker \d+: lower LEARNING_RATE", errors[0]
+    )
+
+
+def test_tar_that_changes_after_it_was_listed_is_noticed(s3, photos, bucket, tmp_path):
+    s3.copy({"Bucket": photos, "Key": "train.txt"}, bucket, "train.txt")
+    for key in imagenet.list_tars(photos, "")[0]:
+        s3.copy({"Bucket": photos, "Key": key}, bucket, key)
+    with thin_driver(bucket, tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    s3.copy({"Bucket": photos, "Key": key}, bucket, imagenet.list_tars(bucket, "")[0].popitem()[0])
+    s3.put_object(Bucket=bucket, Key=key, Body=demo.make_tar({"n1500000_0.JPEG": b"changed"}))
+    with thin_driver(bucket, tmp_path) as run:  # a resume would read other images
+        assert run.wait() == 2, run.output()
+    assert re.search(r"^error: .*different are tars", run.output(), re.M)
+
+
+def test_data_larger_than_the_object_store_spills(photos, undisturbed, contents, tmp_path):
+    """120 images take 24 MB a round, and twice that while they are shuffled; the store has 80 MB."""
+    head = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        with thin_driver(photos, tmp_path, address=nodes.address) as run:
+            assert run.wait() == 0, run.output()
+    finally:
+        nodes.shutdown()
+    assert contents in run.output()
+    assert checksums(tmp_path) == undisturbed
