@@ -1,0 +1,215 @@
+"""Put ImageNet into an S3 bucket, as driver.py reads it.
+
+    python stage_imagenet.py SOURCE s3://bucket[/prefix] [--resize 256]
+
+SOURCE is ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz (or that
+folder) beside it, or a folder that holds all of these, or a folder of train/nXXXXXXXX/*.JPEG and
+val/nXXXXXXXX/*.JPEG. Where val/ has no class folders, as Kaggle's, the devkit or Kaggle's
+LOC_val_solution.csv must lie in SOURCE.
+
+Nothing is unpacked to disk. Every tar is written anew from its images, so that all layouts give the
+same bytes, and carries a fingerprint of them: the same command, run again, uploads only what is missing
+or differs. A tar appears in the bucket whole or not at all; the label files come last.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import signal
+import sys
+import tarfile
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import simplejpeg
+from tqdm import tqdm
+
+import imagenet
+from ilsvrc2012 import TRAIN, VAL, caffe_labels, find_tars
+from imagenet import InputError, one_line
+
+TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
+JPEG_QUALITY = 90  # of resized images
+
+
+def new_fingerprint(side):
+    """A SHA-256 to feed with images; the way they are going to be encoded is part of it."""
+    return hashlib.sha256(f"{side and (side, JPEG_QUALITY)}".encode())
+
+
+def read_images(images, stop, sha):
+    """Yield name and bytes of each image, and feed both to `sha`; CancelledError once `stop` is set."""
+    for image in images:
+        if stop.is_set():
+            raise CancelledError
+        try:
+            with image.path.open("rb") as file:
+                file.seek(image.offset)
+                data = file.read(image.size)
+        except OSError as error:
+            raise InputError(f"{image.path}: {error.strerror}") from error
+        sha.update(f"{image.name}/{len(data)}/".encode())
+        sha.update(data)
+        yield image.name, data
+
+
+def tar_bytes(images, side, stop, fingerprint):
+    """Yield a tar of images bit by bit, resized to `side` x `side` pixels unless that is None.
+
+    Names and contents alone decide on its bytes. InputError at the end if the fingerprint is another.
+    """
+    sha = new_fingerprint(side)
+    for name, data in read_images(images, stop, sha):
+        data = resize(data, side) if side else data
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        yield from (info.tobuf(), data, bytes(-len(data) % tarfile.BLOCKSIZE))
+    yield bytes(2 * tarfile.BLOCKSIZE)
+    if sha.hexdigest() != fingerprint:
+        raise InputError(f"{images[0].path} changed while it was read; start again")
+
+
+def resize(data, side):
+    """An encoded image as a JPEG of `side` x `side` pixels. It stays as it is if it can't be decoded.
+
+    The driver leaves such an image out and says so. simplejpeg, unlike Pillow, lets other threads run.
+    """
+    try:
+        pixels = imagenet.decode_image(data, (side, side))
+    except imagenet.ImageError:
+        return data
+    return simplejpeg.encode_jpeg(pixels, JPEG_QUALITY, colorsubsampling="420")
+
+
+class Stream:
+    """A file object, to be read once, of what an iterator over bytes yields."""
+
+    def __init__(self, chunks):
+        """Read from these chunks."""
+        self._chunks, self._buffer = iter(chunks), bytearray()
+
+    def read(self, size=sys.maxsize):
+        """So many bytes, or fewer at the end."""
+        while len(self._buffer) < size and (chunk := next(self._chunks, None)) is not None:
+            self._buffer += chunk
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+
+def stage_tar(folder, there, key, list_images, side, stop):
+    """Put a tar into the folder unless it is there. Returns whether it was put, and its images."""
+    images, sha = list_images(), new_fingerprint(side)
+    for _ in read_images(images, stop, sha):
+        pass
+    fingerprint = sha.hexdigest()
+    chunks = tar_bytes(images, side, stop, fingerprint)
+    return put(folder, there, key, chunks, fingerprint), images
+
+
+def put(folder, there, key, chunks, fingerprint):
+    """Put a file unless it is `there` with this fingerprint. Returns whether it was put."""
+    if key in there and folder.metadata(key).get("fingerprint") == fingerprint:
+        return False
+    folder.upload_stream(Stream(chunks), key, {"fingerprint": fingerprint})
+    return True
+
+
+def stage_tars(name, tars, folder, there, side):
+    """Put all tars of "train" or "val", several at a time; returns the text of their label file.
+
+    A progress bar on a terminal, plain lines elsewhere. Raises InputError.
+    """
+    wnids, uploaded, stop = {}, 0, threading.Event()
+    pool = ThreadPoolExecutor(max(TARS_AT_ONCE, os.cpu_count() if side else 0))
+    bar = tqdm(total=len(tars), desc=f"Staging {name}", unit="tar", disable=not sys.stderr.isatty())
+    try:
+        # A generator, so that nobody keeps the finished jobs with their lists of images.
+        jobs = (pool.submit(stage_tar, folder, there, *tar, side, stop) for tar in tars.items())
+        for done, job in enumerate(as_completed(jobs), 1):
+            new, images = job.result()
+            uploaded += new
+            for image in images:
+                if wnids.setdefault(image.name, image.wnid) != image.wnid:
+                    raise InputError(
+                        f"{image.path}: {one_line(image.name)} is in {wnids[image.name]}, too; the "
+                        "driver tells images by their name alone, so rename one"
+                    )
+            bar.update()
+            bar.set_postfix(uploaded=uploaded)
+            if bar.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
+                print(f"Staging {name}: {done} of {len(tars)} tars, {uploaded} uploaded", flush=True)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    print(f"{name}: {len(wnids)} images in {len(tars)} tars, {uploaded} of them uploaded")
+    labels = caffe_labels()
+    return "".join(sorted(f"{wnid}/{image} {labels[wnid]}\n" for image, wnid in wnids.items()))
+
+
+def stage(source, url, side):
+    """Put SOURCE into `s3://bucket/prefix`: all tars, then the label files. Raises InputError."""
+    tars = find_tars(source)
+    folder = imagenet.S3Folder(url)
+    folder.check_writable("train.txt")
+    there = {key for start in (TRAIN, VAL, "train.txt", "val.txt") for key in folder.names(start)}
+    texts = {name: stage_tars(name, tars[name], folder, there, side) for name in tars}
+    for name, text in texts.items():
+        data = text.encode()
+        put(folder, there, f"{name}.txt", [data], hashlib.sha256(data).hexdigest())
+    ours = {key for keys in tars.values() for key in keys}
+    directories = {key.partition("/")[0] for key in ours}
+    if others := {key for key in there if key.partition("/")[0] in directories} - ours:
+        print(
+            f"Not of {source}, but there: {folder.prefix}{one_line(min(others))}, {len(others)} in all"
+        )
+    prefix = shlex.quote(folder.prefix) if folder.prefix else ""
+    flags = f"--s3-bucket {folder.bucket.name}"
+    if "train" in tars:
+        flags += f" --key-prefix {prefix}{TRAIN}/ --label-file {prefix}train.txt"
+    if "val" in tars:
+        flags += f" --val-prefix {prefix}{VAL}/ --val-label-file {prefix}val.txt"
+    print(f"Now: python driver.py {flags}")
+
+
+def main(argv=None):
+    """Stage as the command line says. Returns the exit status: 0, 2 (unusable input), 130."""
+    parser = argparse.ArgumentParser(description="Put ImageNet into an S3 bucket, for driver.py.")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="official tar, or folder of these or of train/, val/",
+    )
+    parser.add_argument("url", metavar="s3://bucket[/prefix]", help="where to put it")
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="SIDE",
+        help="make images SIDE x SIDE pixels (the driver uses 256)",
+    )
+    args = parser.parse_args(argv)
+    if args.resize is not None and not 1 <= args.resize <= 1024:
+        parser.error("--resize must be 1 to 1024")
+    if not re.fullmatch("s3://[^/]+(/.*)?", args.url):
+        parser.error(f"{args.url} is not s3://bucket or s3://bucket/prefix")
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        stage(args.source, args.url, args.resize)
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

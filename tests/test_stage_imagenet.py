@@ -1,0 +1,503 @@
+"""stage_imagenet.py: every layout of ImageNet, small, into real S3 objects that the driver reads."""
+
+import io
+import os
+import shutil
+import signal
+import tarfile
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import ray
+import scipy.io
+from botocore.exceptions import ClientError
+from PIL import Image
+
+import demo
+import ilsvrc2012
+import imagenet
+import stage_imagenet
+
+TRAIN, VAL = "ILSVRC2012_img_train", "ILSVRC2012_img_val"
+LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}  # Caffe's
+DEVKIT_IDS = {"n15075141": 1, "n01440764": 2, "n01443537": 3, "n00001740": 1001}
+VAL_WNIDS = ["n01443537", "n15075141", "n01440764", "n15075141", "n01443537"]
+VAL_NAMES = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 6)]
+
+
+def tar_members(data):
+    """Names and contents of a tar, in its order."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def objects(s3, bucket, prefix=""):
+    """Every object below a prefix: a dict of key, less the prefix, -> bytes."""
+    listed = s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+    keys = [obj["Key"] for obj in listed]
+    return {k.removeprefix(prefix): s3.get_object(Bucket=bucket, Key=k)["Body"].read() for k in keys}
+
+
+def run(*args):
+    return stage_imagenet.main([*map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def train():
+    """Three classes of four images: a dict of WNID -> name -> JPEG."""
+    rng = np.random.default_rng(0)
+    return {
+        wnid: {f"{wnid}_{n}.JPEG": demo.jpeg(demo.draw_image(label, rng)) for n in (9, 10, 2, 1)}
+        for wnid, label in LABELS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def val():
+    """Five validation images, a dict of name -> JPEG."""
+    rng = np.random.default_rng(1)
+    pairs = zip(VAL_NAMES, VAL_WNIDS, strict=True)
+    return {name: demo.jpeg(demo.draw_image(LABELS[wnid], rng)) for name, wnid in pairs}
+
+
+@pytest.fixture
+def folder(tmp_path, train, val):
+    """The images as torchvision lays them out."""
+    root = tmp_path / "folder"
+    files = {f"train/{wnid}/{name}": data for wnid in train for name, data in train[wnid].items()}
+    files |= {f"val/{w}/{name}": val[name] for name, w in zip(VAL_NAMES, VAL_WNIDS, strict=True)}
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+@pytest.fixture
+def tars(tmp_path, train, val):
+    """The images and their ground truth as the official archives."""
+    root = tmp_path / "tars"
+    root.mkdir()
+    inner = {f"{wnid}.tar": demo.make_tar(files) for wnid, files in reversed(train.items())}
+    (root / f"{TRAIN}.tar").write_bytes(demo.make_tar(inner))
+    (root / f"{VAL}.tar").write_bytes(demo.make_tar(dict(reversed(val.items()))))
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as devkit:
+        devkit.add(make_devkit(tmp_path), "ILSVRC2012_devkit_t12")
+    return root
+
+
+def make_devkit(path):
+    """A devkit like the official one: ids of its own order, and a synset above all classes."""
+    data = path / "ILSVRC2012_devkit_t12" / "data"
+    data.mkdir(parents=True)
+    fields = [(f, object) for f in ("ILSVRC2012_ID", "WNID", "words", "num_children", "children")]
+    rows = [(i, w, "a word", 0 if i <= 1000 else 3, []) for w, i in DEVKIT_IDS.items()]
+    scipy.io.savemat(data / "meta.mat", {"synsets": np.array(rows, fields).reshape(-1, 1)})
+    lines = [f"{DEVKIT_IDS[wnid]}\n" for wnid in VAL_WNIDS]
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(lines))
+    return data.parent
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """The names of what is uploaded, in order."""
+    names, upload = [], imagenet.S3Folder.upload_stream
+
+    def noted(self, stream, name, metadata):
+        upload(self, stream, name, metadata)
+        names.append(name)
+
+    monkeypatch.setattr(imagenet.S3Folder, "upload_stream", noted)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def small_val_tars(monkeypatch):
+    """Two validation images a tar."""
+    monkeypatch.setattr(ilsvrc2012, "VAL_IMAGES", 2)
+
+
+# ---- what is put
+
+
+def test_folder_becomes_sorted_tars_and_labels(s3, bucket, folder, train, val):
+    (folder / "train" / "n01440764" / ".DS_Store").write_bytes(b"hidden")
+    assert run(folder, f"s3://{bucket}") == 0
+    put = objects(s3, bucket)
+    assert sorted(put) == [
+        *(f"{TRAIN}/{wnid}.tar" for wnid in LABELS),
+        *(f"{VAL}/00{number}.tar" for number in range(3)),
+        "train.txt",
+        "val.txt",
+    ]
+    for wnid, files in train.items():
+        assert list(tar_members(put[f"{TRAIN}/{wnid}.tar"]).items()) == sorted(files.items())
+    for number in range(3):
+        names = VAL_NAMES[2 * number : 2 * number + 2]
+        members = tar_members(put[f"{VAL}/00{number}.tar"])
+        assert list(members.items()) == [(name, val[name]) for name in names]
+    lines = {f"{wnid}/{name} {LABELS[wnid]}" for wnid, files in train.items() for name in files}
+    assert put["train.txt"].decode().splitlines() == sorted(lines)
+    pairs = zip(VAL_NAMES, VAL_WNIDS, strict=True)
+    lines = {f"{wnid}/{name} {LABELS[wnid]}" for name, wnid in pairs}
+    assert put["val.txt"].decode().splitlines() == sorted(lines)
+
+
+def test_all_layouts_give_the_same_objects(s3, bucket, folder, tars, tmp_path):
+    assert run(folder, f"s3://{bucket}/folder") == 0
+    wanted = objects(s3, bucket, "folder/")
+
+    assert run(tars, f"s3://{bucket}/tars/") == 0
+    assert objects(s3, bucket, "tars/") == wanted
+
+    # One after the other, under other names, the devkit unpacked.
+    (tars / f"{TRAIN}.tar").rename(tmp_path / "a.tar")
+    (tars / f"{VAL}.tar").rename(tmp_path / "b.tar")
+    assert run(tmp_path / "a.tar", f"s3://{bucket}/each") == 0
+    assert run(tmp_path / "b.tar", f"s3://{bucket}/each") == 0
+    assert objects(s3, bucket, "each/") == wanted
+
+    # Kaggle: no class folders in val/.
+    kaggle = tmp_path / "kaggle"
+    shutil.copytree(folder / "train", kaggle / "train")
+    (kaggle / "val").mkdir()
+    for path in (folder / "val").glob("*/*"):
+        shutil.copy(path, kaggle / "val")
+    rows = [f"{n[:-5]},{w} 1 2 3 4 " for n, w in zip(VAL_NAMES, VAL_WNIDS, strict=True)]
+    text = "\n".join(["ImageId,PredictionString", *reversed(rows)])
+    (kaggle / "LOC_val_solution.csv").write_text(text)
+    assert run(kaggle, f"s3://{bucket}/kaggle") == 0
+    assert objects(s3, bucket, "kaggle/") == wanted
+
+
+def test_labels_are_caffes():
+    labels = ilsvrc2012.caffe_labels()
+    assert (labels["n01440764"], labels["n02119789"], labels["n15075141"]) == (0, 278, 999)
+    assert sorted(labels) == list(labels) and list(labels.values()) == list(range(1000))
+
+
+def test_ground_truth_of_each_validation_image(tars):
+    assert ilsvrc2012.ground_truth(tars) == dict(zip(VAL_NAMES, VAL_WNIDS, strict=True))
+
+
+def test_driver_reads_what_is_put(s3, bucket, cluster, tars, train, capsys):
+    assert run(tars, f"s3://{bucket}/a b/p") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"Now: python driver.py --s3-bucket {bucket} --key-prefix 'a b/p/'{TRAIN}/ "
+        f"--label-file 'a b/p/'train.txt --val-prefix 'a b/p/'{VAL}/ --val-label-file 'a b/p/'val.txt"
+    )
+    for directory, label_file, count in ((TRAIN, "train.txt", 12), (VAL, "val.txt", 5)):
+        listed, others = imagenet.list_tars(bucket, f"a b/p/{directory}/")
+        assert len(listed) == 3 and others == []
+        labels = imagenet.read_labels(bucket, f"a b/p/{label_file}", 1000)
+        names = []
+        for images_ref, names_ref, report_ref in imagenet.load_tarfiles_from_s3(
+            bucket, listed, [256, 256]
+        ):
+            report = ray.get(report_ref)
+            assert report["left_out"] == 0
+            assert ray.get(images_ref).shape == (report["images"], 256, 256, 3)
+            names += ray.get(names_ref)
+        assert len(names) == count and set(names) == set(labels)
+
+
+# ---- once more
+
+
+def test_second_run_puts_only_what_differs(s3, bucket, folder, uploads, capsys):
+    assert run(folder, f"s3://{bucket}/p") == 0
+    assert uploads[-2:] == ["train.txt", "val.txt"] and len(uploads) == 8
+    uploads.clear()
+    assert run(folder, f"s3://{bucket}/p") == 0
+    assert uploads == []
+    assert "train: 12 images in 3 tars, 0 of them uploaded" in capsys.readouterr().out
+
+    # A changed image, of the same length, age and name.
+    changed = folder / "train" / "n01443537" / "n01443537_9.JPEG"
+    changed.write_bytes(changed.read_bytes()[:-3] + b"\0\xff\xd9")
+    assert run(folder, f"s3://{bucket}/p") == 0
+    assert uploads == [f"{TRAIN}/n01443537.tar"]
+    put = objects(s3, bucket, "p/")
+    assert tar_members(put[uploads.pop()])["n01443537_9.JPEG"] == changed.read_bytes()
+
+    # A tar that is gone, one that another program replaced, and an image fewer in a third.
+    s3.delete_object(Bucket=bucket, Key=f"p/{TRAIN}/n01443537.tar")
+    s3.put_object(Bucket=bucket, Key=f"p/{VAL}/001.tar", Body=put[f"{VAL}/001.tar"][:1024])
+    (folder / "train" / "n15075141" / "n15075141_9.JPEG").unlink()
+    assert run(folder, f"s3://{bucket}/p") == 0
+    assert sorted(uploads[:-1]) == [
+        f"{TRAIN}/n01443537.tar",
+        f"{TRAIN}/n15075141.tar",
+        f"{VAL}/001.tar",
+    ]
+    assert uploads[-1] == "train.txt"
+    again = objects(s3, bucket, "p/")
+    unchanged = set(put) - {f"{TRAIN}/n15075141.tar", "train.txt"}
+    assert all(again[key] == put[key] for key in unchanged)
+
+
+def test_reports_tars_of_another_source(s3, bucket, folder, capsys):
+    assert run(folder, f"s3://{bucket}") == 0
+    shutil.rmtree(folder / "train" / "n01443537")
+    assert run(folder, f"s3://{bucket}") == 0
+    note = f"Not of {folder}, but there: {TRAIN}/n01443537.tar, 1 in all"
+    assert note in capsys.readouterr().out.splitlines()
+
+
+# ---- stopped halfway
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A source of one class that takes several parts to upload; its images are read, not decoded."""
+    path = tmp_path / "large" / "train" / "n01440764"
+    path.mkdir(parents=True)
+    for number in range(10):
+        data = np.random.default_rng(number).bytes(3 * 2**20)
+        (path / f"n01440764_{number}.JPEG").write_bytes(data)
+    return path.parents[1]
+
+
+def is_untouched(s3, bucket):
+    """Whether a bucket holds neither an object nor an upload that was left halfway."""
+    return not objects(s3, bucket) and "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)
+
+
+def test_source_that_changes_meanwhile_leaves_no_tar(s3, bucket, large, uploads, monkeypatch, capsys):
+    tar_bytes = stage_imagenet.tar_bytes
+
+    def changing(images, *args):
+        images[-1].path.write_bytes(b"something else")
+        return tar_bytes(images, *args)
+
+    monkeypatch.setattr(stage_imagenet, "tar_bytes", changing)
+    assert run(large, f"s3://{bucket}") == 2
+    error = capsys.readouterr().err
+    assert "changed while it was read; start again" in error and error.count("\n") == 1
+    assert is_untouched(s3, bucket)
+    assert run(large, f"s3://{bucket}") == 0  # from now on it stays the same
+    assert uploads == [f"{TRAIN}/n01440764.tar", "train.txt"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_no_tar(s3, bucket, large, monkeypatch, capsys, signum):
+    tar_bytes, seen = stage_imagenet.tar_bytes, []
+
+    def interrupted(images, side, stop, fingerprint):
+        for number, chunk in enumerate(tar_bytes(images, side, stop, fingerprint)):
+            yield chunk
+            if number == 24:  # 24 MiB are read and the first parts are on their way
+                deadline = time.monotonic() + 30
+                while not (begun := "Uploads" in s3.list_multipart_uploads(Bucket=bucket)):
+                    assert time.monotonic() < deadline, "no upload has begun"
+                    time.sleep(0.1)
+                os.kill(os.getpid(), signum)
+                seen.extend([begun, stop.wait(60)])
+
+    monkeypatch.setattr(stage_imagenet, "tar_bytes", interrupted)
+    assert run(large, f"s3://{bucket}") == 130
+    assert capsys.readouterr().err == "Interrupted; the same command goes on from here\n"
+    assert seen == [True, True], "the upload had begun, and its thread heard of the interrupt"
+    assert is_untouched(s3, bucket)
+
+
+def test_failure_of_one_tar_puts_no_label_file(s3, bucket, tars, monkeypatch, capsys):
+    monkeypatch.setattr(stage_imagenet, "TARS_AT_ONCE", 1)
+    path = tars / f"{TRAIN}.tar"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"n15075141_10.JPEG")] = 0  # the header's checksum is wrong now
+    path.write_bytes(data)
+    assert run(tars, f"s3://{bucket}") == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {path}: n15075141.tar: a damaged tar, or cut off; copy or download it again\n"
+    )
+    assert sorted(objects(s3, bucket)) == [f"{TRAIN}/n01440764.tar", f"{TRAIN}/n01443537.tar"]
+
+
+def test_memory_is_bounded(s3, bucket, tmp_path):
+    """A class tar within a tar, both much larger than what may be in memory."""
+    inner, image = tmp_path / "n01440764.tar", bytes(2**20)
+    with tarfile.open(inner, "w") as tar:
+        for number in range(300):
+            info = tarfile.TarInfo(f"n01440764_{number}.JPEG")
+            info.size = len(image)
+            tar.addfile(info, io.BytesIO(image))
+    with tarfile.open(tmp_path / f"{TRAIN}.tar", "w") as tar:
+        tar.add(inner, inner.name)
+    inner.unlink()
+    tracemalloc.start()
+    try:
+        assert run(tmp_path, f"s3://{bucket}") == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150 * 2**20, f"{peak / 2**20:.0f} MiB"
+    assert s3.head_object(Bucket=bucket, Key=f"{TRAIN}/n01440764.tar")["ContentLength"] > 300 * 2**20
+
+
+# ---- resized
+
+
+def test_resize(s3, bucket, folder, train, uploads):
+    odd = folder / "train" / "n01443537" / "n01443537_odd.JPEG"
+    odd.write_bytes(b"no image")
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (300, 200), (0, 200, 200, 0)).save(cmyk, "JPEG")
+    (odd.parent / "n01443537_cmyk.JPEG").write_bytes(cmyk.getvalue())
+    assert run(folder, f"s3://{bucket}", "--resize", 256) == 0
+    put = objects(s3, bucket)
+    for wnid, files in train.items():
+        resized = tar_members(put[f"{TRAIN}/{wnid}.tar"])
+        for name, data in files.items():
+            with Image.open(io.BytesIO(resized[name])) as image:
+                assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (256, 256))
+            was, now = (imagenet.decode_image(d, [256, 256]).astype(int) for d in (data, resized[name]))
+            assert np.abs(was - now).mean() < 12, "another picture"
+    resized = tar_members(put[f"{TRAIN}/n01443537.tar"])
+    assert resized[odd.name] == b"no image"  # the driver reports it
+    with Image.open(io.BytesIO(resized["n01443537_cmyk.JPEG"])) as image:
+        assert (image.mode, image.size) == ("RGB", (256, 256))
+    assert f"n01443537/{odd.name} 1".encode() in put["train.txt"].splitlines()
+
+    uploads.clear()
+    assert run(folder, f"s3://{bucket}", "--resize", 256) == 0
+    assert uploads == []
+    assert run(folder, f"s3://{bucket}") == 0  # the same images, not resized: other tars, same labels
+    assert len(uploads) == 6 and not {"train.txt", "val.txt"} & set(uploads)
+
+
+# ---- what can't be staged
+
+
+def truncated(tars):
+    path = tars / f"{TRAIN}.tar"
+    path.write_bytes(path.read_bytes()[:-30000])
+    return tars
+
+
+def cut_at_a_member(tars):
+    path = tars / f"{TRAIN}.tar"
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[-1].offset
+    path.write_bytes(path.read_bytes()[:offset])
+    return path
+
+
+def without_ground_truth(tars):
+    (tars / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    return tars
+
+
+def damaged_ground_truth(tars):
+    path = tars / "ILSVRC2012_devkit_t12.tar.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    return tars
+
+
+def short_ground_truth(tars):
+    (tars / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    data = make_devkit(tars) / "data"
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n")
+    return tars
+
+
+def unknown_wnid(tars):
+    (tars / f"{TRAIN}.tar").write_bytes(demo.make_tar({"n00000001.tar": demo.make_tar({"a": b""})}))
+    return tars
+
+
+def compressed(tars):
+    path = tars / f"{TRAIN}.tar"
+    with tarfile.open(path, "w:gz"):
+        pass
+    return path
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (truncated, f"{TRAIN}.tar: no whole, uncompressed tar (unexpected end of data)"),
+        (cut_at_a_member, f"{TRAIN}.tar: a damaged tar, or cut off; copy or download it again"),
+        (compressed, f"{TRAIN}.tar: no whole, uncompressed tar"),
+        (without_ground_truth, "put ILSVRC2012_devkit_t12.tar.gz here"),
+        (damaged_ground_truth, "ILSVRC2012_devkit_t12.tar.gz: no readable ground truth (EOFError"),
+        (short_ground_truth, "the ground truth doesn't know ILSVRC2012_val_00000003.JPEG"),
+        (unknown_wnid, "n00000001 is none of the 1,000 WNIDs of ILSVRC-2012"),
+        (lambda tars: tars / "nowhere", "nowhere: no such file or folder"),
+        (lambda tars: tars.parent / "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12: nothing to stage"),
+    ],
+)
+def test_unusable_source_is_a_one_line_error(s3, bucket, tars, capsys, spoil, message):
+    assert run(spoil(tars), f"s3://{bucket}") == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert out == "" and is_untouched(s3, bucket)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("train/n00000001/a.JPEG", "train: n00000001 is none of the 1,000 WNIDs of ILSVRC-2012"),
+        ("train/a\nb/a.JPEG", "train: a b is none of the 1,000 WNIDs of ILSVRC-2012"),
+        ("train/n02119789/", "n02119789: holds no image"),
+        ("train/n01440764/a\nb.JPEG", r"a label file can't have the name 'a\nb.JPEG'"),
+        (f"val/n02119789/{VAL_NAMES[0]}", f"{VAL_NAMES[0]} is in n0"),
+        ("train/n02119789/n01440764_1.JPEG", "n01440764_1.JPEG is in n0"),
+    ],
+)
+def test_unusable_folder_is_a_one_line_error(s3, bucket, folder, capsys, path, message):
+    (folder / path).parent.mkdir(exist_ok=True)
+    if path.endswith("/"):
+        (folder / path).mkdir()
+    else:
+        (folder / path).write_bytes(b"x")
+    assert run(folder, f"s3://{bucket}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not {"train.txt", "val.txt"} & set(objects(s3, bucket))
+
+
+def test_train_without_class_folders(s3, bucket, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.JPEG").write_bytes(b"x")
+    assert run(tmp_path, f"s3://{bucket}") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/train: has no class folder nXXXXXXXX\n"
+
+
+def test_no_such_bucket(s3, folder, capsys):
+    assert run(folder, "s3://nowhere/p") == 2
+    place, error = "s3://nowhere/p/train.txt", capsys.readouterr().err
+    assert (
+        error.startswith(f"error: {place}: no such bucket; check its name") and error.count("\n") == 1
+    )
+
+
+def test_bucket_that_cannot_be_written(s3, bucket, folder, uploads, monkeypatch, capsys):
+    resource = imagenet.s3_resource
+
+    def denied(**_):
+        raise ClientError({"Error": {"Code": "AccessDenied"}}, "CreateMultipartUpload")
+
+    def read_only(*args, **where):
+        made = resource(*args, **where)
+        made.meta.client.meta.events.register("before-call.s3.CreateMultipartUpload", denied)
+        return made
+
+    monkeypatch.setattr(imagenet, "s3_resource", read_only)
+    assert run(folder, f"s3://{bucket}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: s3://{bucket}/train.txt: access denied") and error.count("\n") == 1
+    assert uploads == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["bucket"], ["s3://"], ["s3:///p"], ["s3://b", "--resize", "0"], ["s3://b", "--resize", "x"]],
+)
+def test_unusable_command_line(folder, capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        run(folder, *options)
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
