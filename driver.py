@@ -15,6 +15,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while the imports take their seconds
+
 import numpy as np
 import ray
 
@@ -46,9 +49,8 @@ LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
 
 
-def train(args, stop):
+def train(args, stop, joined):
     """The write-up, step by step: load, label, shuffle, then synchronous data-parallel SGD."""
-    joined = connect()
     checkpoints = alexnet.Checkpoints(args.checkpoint_dir) if args.checkpoint_dir else None
 
     # Load ImageNet: one remote task a tar downloads and decodes it into the object store.
@@ -56,6 +58,7 @@ def train(args, stop):
     print(
         f"s3://{args.s3_bucket}/{args.key_prefix}*: {len(tars)} tars, {len(others)} other keys left out"
     )
+    functions.announce_memory(imagenet.estimate_images(args.s3_bucket, tars))
     data = functions.data_task_options()
     loaded = imagenet.load_tarfiles_from_s3(args.s3_bucket, tars, [256, 256], **data)
 
@@ -184,14 +187,14 @@ class Stop:
     """SIGINT and SIGTERM: stop at once while `at_once`, else after the step; a second one at once."""
 
     def __init__(self):
-        self.signum, self.at_once = 0, True
+        self.signum, self.at_once = 0, False
 
     def __call__(self, signum, frame):
         if self.signum or self.at_once:
             self.signum = signum
             raise KeyboardInterrupt
         self.signum = signum
-        print("Stopping after this iteration", flush=True)
+        print("Stopping after this step", flush=True)
 
 
 def main(argv=None):
@@ -215,21 +218,30 @@ def main(argv=None):
     if args.iterations < 1:
         parser.error("--iterations must be 1 or more")
     stop, own_ray = Stop(), not ray.is_initialized()
-    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train(args, stop)
+        joined = connect()  # a step that is not interrupted: Ray can crash
+        for number in handlers:
+            signal.signal(number, stop)  # again: Ray's start sets a handler of its own
+        stop.at_once = True
+        if stop.signum:
+            raise KeyboardInterrupt
+        train(args, stop, joined)
     except KeyboardInterrupt:
-        pass
-    except (imagenet.InputError, functions.WorkerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        stop.signum = stop.signum or signal.SIGINT
+    except (imagenet.InputError, functions.WorkerError, ray.exceptions.RayError) as error:
+        print(f"error: {functions.explain(error)}", file=sys.stderr)
         return 2
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # the end takes a moment, and is not interrupted
         if own_ray:
             ray.shutdown()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 128 + stop.signum if stop.signum else 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # into a pipe or a file too
     sys.exit(main())

@@ -10,11 +10,18 @@ from collections import deque, namedtuple
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from imagenet import IMAGE_SIZE
+from imagenet import IMAGE_SIZE, InputError
 
 # An actor holds its CPUs for life. It asks for a slice less than it uses, so that data tasks, which
 # ask for a slice, always find room beside the workers, also to rebuild a lost block.
@@ -334,6 +341,12 @@ class Workers:
         for number in range(count):
             self._start(number)
 
+    def __del__(self):
+        """Leave no worker on a shared cluster; Ray alone lets one that still starts live on for long."""
+        if ray.is_initialized():
+            for worker in [*self._up.values(), *(worker for _, worker in self._starting.values())]:
+                ray.kill(worker)
+
     def _start(self, number):
         worker = Worker.options(
             num_cpus=self._cpus - WORKER_SLICES * CPU_SLICE,
@@ -491,6 +504,30 @@ def room_for_workers(cpus, gpus):
         int(node.get("GPU", 0) // gpus) if gpus else n for node, n in zip(nodes, by_cpu, strict=True)
     ]
     return sum(map(min, by_cpu, by_gpu))
+
+
+def announce_memory(images):
+    """Say what the decoded images take of memory, and of disk if the object stores are too small."""
+    store = ray.cluster_resources().get("object_store_memory", 0)
+    pixels = images * 256 * 256 * 3
+    text = f"About {images} images: {pixels / 1e9:.1f} GB decoded"
+    text += f", the object stores hold {store / 1e9:.1f} GB"
+    if pixels > store:
+        text += f": {(pixels - store) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
+    print(text)
+
+
+def explain(error):
+    """The one line that a user needs of an error: its own, or that of the remote cause."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
+        return (
+            "a node's object store and disk are full: free the disk that Ray spills to, "
+            "add nodes, or train on fewer tars (--key-prefix)"
+        )
+    if isinstance(cause, InputError | WorkerError):
+        return str(cause)
+    raise error
 
 
 def first_line(error):

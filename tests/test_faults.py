@@ -14,10 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from conftest import checksums, train
 from ray.cluster_utils import Cluster
 from thin_driver import fingerprint
 
+import demo
 import functions
 import imagenet
 
@@ -207,20 +209,17 @@ def test_run_goes_on_when_a_worker_cannot_come_back(nodes, photos, tmp_path):
     assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
 
 
-@pytest.mark.parametrize("moment", ["loading", "training", "saving"])
+@pytest.mark.parametrize("moment", ["Loading: 3 of 10", "Iteration 23: loss"])
 def test_driver_killed_resumes_to_the_same_weights(photos, undisturbed, tmp_path, moment):
-    with thin_driver(photos, tmp_path, "CHECKPOINT_EVERY=5") as run:
-        if moment == "saving":
-            run.wait_for("Iteration 9: loss")
-            while not list(tmp_path.glob("ckpt-*.tempstate*")) and run.wait_for_nothing():
-                pass
-        else:
-            run.wait_for({"loading": "Loading: 3 of 10", "training": "Iteration 23: loss"}[moment])
+    with thin_driver(photos, tmp_path, "CHECKPOINT_EVERY=1") as run:  # it is always saving
+        run.wait_for(moment)
         run.kill()
-    # A cluster of another size: one worker computes both mini-batches of an iteration.
-    with thin_driver(photos, tmp_path, "NUM_WORKERS=1" if moment == "training" else "SEED=0") as run:
+    for leftover in ("ckpt-99.data-00000-of-00001.tempstate123", "ckpt-99.data-00000-of-00001"):
+        (tmp_path / leftover).write_bytes(b"half a save")
+    # One worker computes both mini-batches of an iteration, as on a smaller cluster.
+    with thin_driver(photos, tmp_path, "NUM_WORKERS=" + ("1" if "loss" in moment else "2")) as run:
         assert run.wait() == 0, run.output()
-    assert ("Resumed from" in run.output()) == (moment != "loading")
+    assert ("Resumed from" in run.output()) == ("loss" in moment)
     assert checksums(tmp_path) == undisturbed
 
 
@@ -251,7 +250,7 @@ def test_second_interrupt_stops_at_once_and_leaves_nothing_running(photos, tmp_p
         below = psutil.Process(run.pid).children(recursive=True)
         worker = hit_one_computing(run.pid, signal.SIGSTOP)  # this step would never end
         os.kill(run.pid, signal.SIGINT)
-        run.wait_for("Stopping after this iteration")
+        run.wait_for("Stopping after this step")
         os.kill(run.pid, signal.SIGINT)
         assert run.wait(60) == 130, run.output()
         assert "Traceback" not in run.output()
@@ -282,14 +281,57 @@ def test_tar_that_changes_after_it_was_listed_is_noticed(s3, photos, bucket, tmp
     assert re.search(r"^error: .*different are tars", run.output(), re.M)
 
 
-def test_data_larger_than_the_object_store_spills(photos, undisturbed, contents, tmp_path):
-    """120 images take 24 MB a round, and twice that while they are shuffled; the store has 80 MB."""
-    head = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
+@pytest.fixture(scope="module")
+def many(s3):
+    """A bucket of 600 images, which take 118 MB when they are decoded."""
+    demo.fill_bucket(s3, "many", images_per_class=60)
+    return "many"
+
+
+def test_data_larger_than_the_object_store_spills(many, tmp_path):
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    )
     try:
-        with thin_driver(photos, tmp_path, address=nodes.address) as run:
+        with thin_driver(many, tmp_path / "a", address=nodes.address) as run:
             assert run.wait() == 0, run.output()
     finally:
         nodes.shutdown()
-    assert contents in run.output()
-    assert checksums(tmp_path) == undisturbed
+    assert re.search("About [56]\\d\\d images: 0.1 GB .* 0.0 GB goes to disk", run.output())
+    with thin_driver(many, tmp_path / "b") as run:
+        assert run.wait() == 0, run.output()
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+
+
+def test_full_disk_is_one_clear_line(many, tmp_path):
+    full = {"local_fs_capacity_threshold": 0.001}
+    size = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args=size | {"_system_config": full})
+    try:
+        with thin_driver(many, tmp_path, address=nodes.address) as run:
+            assert run.wait() == 2, run.output()
+    finally:
+        nodes.shutdown()
+    assert len(re.findall("^error: .*disk", run.output(), re.M)) == 1
+    assert "Traceback" not in run.output()
+
+
+def test_memory_stays_flat_over_1000_iterations(thin, cluster, photos, monkeypatch):
+    draw, seen = functions.Helpers.draw_minibatches, {}
+
+    def spy(self, batches, size, count, seed, iteration):
+        if iteration in (100, 1000):
+            processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            ours = [p for p in processes if p.pid == os.getpid() or title(p).startswith("ray::Worker")]
+            free = ray.available_resources()["object_store_memory"]
+            seen[iteration] = [p.memory_info().rss for p in ours], free
+        return draw(self, batches, size, count, seed, iteration)
+
+    monkeypatch.setattr(functions.Helpers, "draw_minibatches", spy)
+    monkeypatch.setattr(thin, "ACCURACY_EVERY", 10)
+    assert train(photos, "--iterations", 1001) == 0
+    (early, early_free), (late, late_free) = seen[100], seen[1000]
+    assert len(early) == len(late) == 3
+    for before, after in zip(early, late, strict=True):
+        assert after - before < 20 * 2**20
+    assert early_free - late_free < 20 * 2**20
