@@ -256,22 +256,22 @@ class Checkpoints:
             raise InputError(f"{self.place}: no checkpoint is intact; remove them to start anew")
         return None, None
 
-    def resume(self, fixed, free, report=print):
-        """State and facts as `newest`, if the `fixed` facts are the same; reports changed `free` ones.
+    def resume(self, run, same, report=print):
+        """State and facts as `newest`, if `run` is the run that was saved: its facts under "run".
 
-        Raises InputError with what does not match.
+        Of that dict of texts, the keys in `same` must be equal, else InputError names those that are
+        not; any other that has changed is reported.
         """
         state, facts = self.newest(report)
         if state:
-            was = facts["fixed"]
-            if wrong := [f"{key} (was {was.get(key)})" for key in fixed if was.get(key) != fixed[key]]:
+            changed = {key: facts["run"].get(key) for key in run if facts["run"].get(key) != run[key]}
+            if wrong := [f"{key} (was {was})" for key, was in changed.items() if key in same]:
                 raise InputError(
                     f"{self.place} is of another run: different are {', '.join(wrong)}; "
                     "restore that or name another --checkpoint-dir"
                 )
-            for key, value in free.items():
-                if value != facts["free"].get(key):
-                    report(f"{key} is {value} from here on, was {facts['free'].get(key)}")
+            for key, was in changed.items():
+                report(f"{key} is {run[key]} from here on, was {was}")
         return state, facts
 
     def save(self, iteration, state, facts):

@@ -37,13 +37,9 @@ ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at m
 CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
 LEARNING_RATE = 0.005  # step size; the paper starts at 0.01
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
-WEIGHT_DECAY = (
-    5e-4  # pull of the kernels towards zero, applied with the mean gradient (paper, section 5)
-)
+WEIGHT_DECAY = 5e-4  # pull of the kernels towards zero, added to the mean gradient (paper, section 5)
 KEEP_PROBABILITY = 0.5  # of a unit, in dropout after the first two fully connected layers
-INITIAL_WEIGHTS = (
-    "he"  # "he", or a standard deviation: 0.1 in the write-up, with which nothing is learned
-)
+INITIAL_WEIGHTS = "he"  # "he", or a standard deviation; the write-up's 0.1 learns nothing
 NUM_CLASSES = 1000  # labels are 0..NUM_CLASSES-1
 LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
@@ -52,42 +48,40 @@ SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dr
 def train(args, stop, joined):
     """The write-up, step by step: load, label, shuffle, then synchronous data-parallel SGD."""
     checkpoints = alexnet.Checkpoints(args.checkpoint_dir) if args.checkpoint_dir else None
+    if not checkpoints:
+        print("Nothing is saved (no --checkpoint-dir): the trained weights end with this run")
 
     # Load ImageNet: one remote task a tar downloads and decodes it into the object store.
     tars, others = imagenet.list_tars(args.s3_bucket, args.key_prefix)
-    print(
-        f"s3://{args.s3_bucket}/{args.key_prefix}*: {len(tars)} tars, {len(others)} other keys left out"
-    )
+    source = f"s3://{args.s3_bucket}/{args.key_prefix}*"
+    print(f"{source}: {len(tars)} tars, {len(others)} other keys left out")
     functions.announce_memory(imagenet.estimate_images(args.s3_bucket, tars))
     data = functions.data_task_options()
     loaded = imagenet.load_tarfiles_from_s3(args.s3_bucket, tars, [256, 256], **data)
 
     # Labels: the dictionary of the label file goes into the object store once, for every `convert`.
     imagepairs = imagenet.read_labels(args.s3_bucket, args.label_file, NUM_CLASSES)
-    imagepairs_ref = ray.put(imagepairs)
-    converted = [
-        functions.convert.options(**data).remote(names, imagepairs_ref) for _, names, _ in loaded
-    ]
+    pairs = ray.put(imagepairs)
+    converted = [functions.convert.options(**data).remote(names, pairs) for _, names, _ in loaded]
 
     # A checkpoint, if there is one, must be of this network, seed and data; it fixes the mini-batches.
-    fixed = {"LAYERS": repr(LAYERS), "NUM_CLASSES": NUM_CLASSES, "SEED": SEED, "MINI_BATCH": MINI_BATCH}
-    fixed |= {"SHUFFLE_ROUNDS": SHUFFLE_ROUNDS}
-    fixed |= {"tars": imagenet.digest(tars), "labels": imagenet.digest(imagepairs)}
-    free = {"LEARNING_RATE": LEARNING_RATE, "MOMENTUM": MOMENTUM, "WEIGHT_DECAY": WEIGHT_DECAY}
-    free |= {"KEEP_PROBABILITY": KEEP_PROBABILITY, "ACCURACY_EVERY": ACCURACY_EVERY}
-    state, facts = checkpoints.resume(fixed, free) if checkpoints else (None, None)
+    run = {name: repr(value) for name, value in globals().items() if name.isupper()}
+    run |= {"tars": imagenet.digest(tars), "labels": imagenet.digest(imagepairs)}
+    same = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS", "tars", "labels"]
+    state, facts = checkpoints.resume(run, same) if checkpoints else (None, None)
     num_workers = NUM_WORKERS or max(1, functions.room_for_workers(CPUS_PER_WORKER, GPUS_PER_WORKER))
-    facts = facts or {"iteration": 0, "mini_batches": num_workers}
-    iteration, mini_batches = facts["iteration"], facts["mini_batches"]
+    iteration, mini_batches = (facts["iteration"], facts["mini_batches"]) if facts else (0, num_workers)
 
     # AlexNet: a local network, which is trained, and one in each worker; they start while data loads.
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
+    helpers = functions.Helpers()
     workers = functions.Workers(
         min(num_workers, mini_batches),
-        CPUS_PER_WORKER,
-        GPUS_PER_WORKER,
-        WORKER_TIMEOUT,
+        {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER},
         network | {"threads": CPUS_PER_WORKER},
+        helpers,
+        timeout=WORKER_TIMEOUT,
+        cluster_can_grow=joined,
     )
     local = alexnet.AlexNet(**network, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     if state:
@@ -102,8 +96,8 @@ def train(args, stop, joined):
     del loaded, converted  # or their references would keep every batch twice
     if not batches:
         raise imagenet.InputError(
-            f"s3://{args.s3_bucket}/{args.key_prefix}*: no image is readable and has a label in "
-            f"{args.label_file}: check --key-prefix and --label-file"
+            f"{source}: no image is readable and has a label in {args.label_file}: "
+            "check --key-prefix and --label-file"
         )
     print(f"{sum(batch.count for batch in batches)} images in {len(batches)} batches")
     mean = functions.mean_image(batches, **data)
@@ -114,16 +108,13 @@ def train(args, stop, joined):
         ray.wait([batch.labels for batch in batches], num_returns=len(batches), fetch_local=False)
         print(f"Shuffle round {number + 1} of {SHUFFLE_ROUNDS} done")
 
-    workers.wait(WORKER_WAIT, cluster_can_grow=joined)
+    workers.wait(WORKER_WAIT)
     print(
         f"{workers.count} workers; an iteration is {mini_batches} mini-batches of {MINI_BATCH} images"
     )
-    if not checkpoints:
-        print("Nothing is saved (no --checkpoint-dir): the trained weights end with this run")
     if state:
         print(f"Resumed from {args.checkpoint_dir} at iteration {iteration}")
 
-    helpers = functions.Helpers()
     draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
     minibatches, stop.at_once = draw(iteration), False
     while not stop.signum and iteration < args.iterations:
@@ -153,7 +144,7 @@ def train(args, stop, joined):
 
         done = stop.signum or iteration == args.iterations
         if checkpoints and (done or iteration % CHECKPOINT_EVERY == 0):
-            facts = {"iteration": iteration, "mini_batches": mini_batches, "fixed": fixed, "free": free}
+            facts = {"iteration": iteration, "mini_batches": mini_batches, "run": run}
             checkpoints.save(iteration, local.state(), facts)
 
     if checkpoints:

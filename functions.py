@@ -66,7 +66,7 @@ def convert(filenames, imagepairs):
     report = {
         "images": len(filenames) - len(missing),
         "unlabelled": len(missing),
-        "named": [ascii(name) for name in missing[:5]],
+        "named": [ascii(name[:100]) for name in missing[:5]],
     }
     return labels, report
 
@@ -323,21 +323,22 @@ class Workers:
     so which worker does, and how many there are, never changes a result.
     """
 
-    def __init__(self, count, cpus, gpus, timeout, network, report=print):
-        """Start `count` workers of `cpus` CPUs and `gpus` GPUs each, and return at once.
+    def __init__(self, count, share, network, helpers, timeout, cluster_can_grow=False, report=print):
+        """Start `count` workers, return at once; WorkerError if the cluster neither has room nor grows.
 
-        `timeout` bounds the seconds that a worker may take over one request, `network` holds AlexNet's
-        arguments, `report` prints a line.
+        `share` has the `cpus` and `gpus` of a worker, `network` AlexNet's arguments; `helpers` add the
+        gradients; `timeout` bounds the seconds of one request; `report` prints a line.
         """
-        self.count, self._cpus, self._gpus = count, cpus, gpus
-        self._timeout, self._network, self._report = timeout, network, report
+        self.count, self._share, self._network, self._helpers = count, share, network, helpers
+        self._timeout, self._report = timeout, report
         self._weights = None  # iteration, references of its weights
         self._aside = []  # requests to run beside the next gradients
         self._requests = []  # those of this iteration's gradients
-        self._helpers = Helpers()
         self._up = {}  # number -> worker that is up
         self._starting = {}  # reference that resolves once it is up -> number, worker
         self._failed_starts = 0
+        if (lack := self._lack()) and not cluster_can_grow:
+            raise WorkerError(f"{lack}: lower NUM_WORKERS or add nodes")
         for number in range(count):
             self._start(number)
 
@@ -347,10 +348,17 @@ class Workers:
             for worker in [*self._up.values(), *(worker for _, worker in self._starting.values())]:
                 ray.kill(worker)
 
+    def _lack(self):
+        """What to say where the cluster has not room for all workers; nothing where it has."""
+        room = room_for_workers(**self._share)
+        each = "{cpus} CPUs and {gpus} GPUs".format(**self._share)
+        asked = f"{self.count} workers of {each} each were asked for"
+        return f"{asked}, the cluster has room for {room}" if room < self.count else ""
+
     def _start(self, number):
         worker = Worker.options(
-            num_cpus=self._cpus - WORKER_SLICES * CPU_SLICE,
-            num_gpus=self._gpus,
+            num_cpus=self._share["cpus"] - WORKER_SLICES * CPU_SLICE,
+            num_gpus=self._share["gpus"],
             scheduling_strategy="SPREAD",
         ).remote(self._network)
         self._starting[worker.ready.remote()] = number, worker
@@ -374,21 +382,17 @@ class Workers:
                 if self._weights:
                     self._report(f"worker {number} is back: {len(self._up)} of {self.count} are up")
 
-    def wait(self, seconds, cluster_can_grow):
-        """Wait until all workers are up, at most `seconds`; WorkerError if they do not fit."""
+    def wait(self, seconds):
+        """Wait until all workers are up, at most `seconds`; WorkerError if they are not by then."""
         deadline, announced = time.monotonic() + seconds, False
         while self._starting:
             self._admit(timeout=1)
-            room = room_for_workers(self._cpus, self._gpus)
-            lack = (
-                f"{self.count} workers of {self._cpus} CPUs and {self._gpus} GPUs each were asked for, "
-                f"{len(self._up)} are up, and the cluster has room for {room} in all"
-            )
-            full = room < self.count
-            if time.monotonic() > deadline or (full and not cluster_can_grow):
-                raise WorkerError(f"{lack}: lower NUM_WORKERS or add nodes")
-            if full and not announced:
-                self._report(f"{lack}: waiting up to {seconds:.0f} s for more nodes")
+            lack = self._lack()
+            if self._starting and time.monotonic() > deadline:
+                up = f"only {len(self._up)} of {self.count} workers are up after {seconds} s"
+                raise WorkerError(f"{lack or up}: lower NUM_WORKERS or add nodes")
+            if lack and not announced:
+                self._report(f"{lack}: waiting up to {seconds} s for more nodes")
                 announced = True
 
     def update_weights(self, iteration, weightrefs):

@@ -158,11 +158,11 @@ def test_initial_weights():
     assert alexnet.initial_weights(THIN, 10, 0.1, rng)[0].std() == pytest.approx(0.1, rel=0.1)
 
 
-FIXED, FREE = {"SEED": 0}, {"LEARNING_RATE": 0.1}
+RUN, SAME = {"SEED": "0", "LEARNING_RATE": "0.1"}, ["SEED"]
 
 
 def save(checkpoints, iteration, network):
-    facts = {"iteration": iteration, "fixed": FIXED, "free": FREE}
+    facts = {"iteration": iteration, "run": RUN}
     checkpoints.save(iteration, network.state(), facts)
     checkpoints.wait()
 
@@ -187,12 +187,12 @@ def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
 
 def test_resume_restores_weights_and_momentum(place):
     network = thin_network()
-    assert alexnet.Checkpoints(place).resume(FIXED, FREE) == (None, None)
+    assert alexnet.Checkpoints(place).resume(RUN, SAME) == (None, None)
     gradients = [np.ones_like(w) for w in network.weights()]
     network.apply(gradients, 0.1)
     save(alexnet.Checkpoints(place), 1, network)
     network.apply(gradients, 0.1)
-    state, facts = alexnet.Checkpoints(place).resume(FIXED, FREE)
+    state, facts = alexnet.Checkpoints(place).resume(RUN, SAME)
     assert facts["iteration"] == 1
     other = thin_network()
     other.restore(state)
@@ -211,22 +211,22 @@ def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_pat
     index.write_bytes(index.read_bytes()[:50])
     (tmp_path / "checkpoint").write_text("nonsense")
     said = []
-    _, facts = alexnet.Checkpoints(str(tmp_path)).resume(FIXED, FREE, said.append)
+    _, facts = alexnet.Checkpoints(str(tmp_path)).resume(RUN, SAME, said.append)
     assert facts["iteration"] == 1
     assert ["ckpt-3" in said[0], "ckpt-2" in said[1]] == [True, True]
     data = tmp_path / "ckpt-1.data-00000-of-00001"
     data.write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint is intact"):
-        alexnet.Checkpoints(str(tmp_path)).resume(FIXED, FREE, said.append)
+        alexnet.Checkpoints(str(tmp_path)).resume(RUN, SAME, said.append)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path):
     network, checkpoints = thin_network(), alexnet.Checkpoints(str(tmp_path))
     save(checkpoints, 1, network)
     with pytest.raises(InputError, match="SEED"):
-        checkpoints.resume({"SEED": 1}, FREE)
+        checkpoints.resume(RUN | {"SEED": "1"}, SAME)
     said = []
-    checkpoints.resume(FIXED, {"LEARNING_RATE": 0.2}, said.append)
+    checkpoints.resume(RUN | {"LEARNING_RATE": "0.2"}, SAME, said.append)
     assert said == ["LEARNING_RATE is 0.2 from here on, was 0.1"]
 
 

@@ -19,6 +19,14 @@ import driver
 import functions
 
 
+def two_workers():
+    """Two workers with the thin network, which are up."""
+    network = {"layers": THIN, "num_classes": 10, "threads": 1}
+    workers = functions.Workers(2, {"cpus": 1, "gpus": 0}, network, functions.Helpers(), timeout=100)
+    workers.wait(60)
+    return workers
+
+
 def test_the_whole_story(thin, cluster, photos, capsys):
     assert train(photos, "--iterations", 5) == 0
     out = capsys.readouterr().out
@@ -97,8 +105,7 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(thin, clu
     mean = rng.normal(120, 10, (256, 256, 3)).astype(np.float32)
     weights = alexnet.initial_weights(THIN, 10, "he", rng)
     network = {"layers": THIN, "num_classes": 10}
-    workers = functions.Workers(2, 1, 0, 100, network | {"threads": 1})
-    workers.wait(60, cluster_can_grow=False)
+    workers = two_workers()
     workers.update_weights(0, [ray.put(w) for w in weights])
     gradients, losses = workers.compute_grad([ray.put(m) for m in minibatches], ray.put(mean), 1.0, 0)
     got = workers.mean_gradients(gradients)
@@ -114,15 +121,10 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(thin, clu
 
 
 def test_each_worker_is_a_process_with_weights_from_one_object(thin, cluster):
-    network = {"layers": THIN, "num_classes": 10, "threads": 1}
-    workers = functions.Workers(2, 1, 0, 100, network)
-    workers.wait(60, cluster_can_grow=False)
-    processes = [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if (p.info["cmdline"] or [""])[0].startswith("ray::Worker")
-    ]
-    assert len(processes) >= 2
+    workers = two_workers()
+    below = psutil.Process().children(recursive=True)
+    processes = [process for process in below if process.cmdline()[:1] == ["ray::Worker"]]
+    assert len(processes) == workers.count == 2
     # Data tasks find room beside workers that hold both CPUs.
     data = functions.data_task_options()
     labels, _ = functions.convert.options(**data).remote(["a"], {"a": 1})
@@ -171,9 +173,7 @@ def test_modules_and_nothing_else_reach_nodes_without_the_checkout(tmp_path):
 
 def test_accuracy_does_not_keep_other_workers_waiting(thin, cluster, tmp_path, monkeypatch):
     """While one worker is busy with an accuracy, another one computes all the mini-batches."""
-    network = {"layers": THIN, "num_classes": 10, "threads": 1}
-    workers = functions.Workers(2, 1, 0, 100, network)
-    workers.wait(60, cluster_can_grow=False)
+    workers = two_workers()
     minibatch = ray.put((np.zeros((2, 224, 224, 3), np.uint8), np.zeros(2, int), np.zeros((2, 3), int)))
     mean = ray.put(np.zeros((256, 256, 3), np.float32))
     weights = alexnet.initial_weights(THIN, 10, "he", np.random.default_rng(0))
