@@ -343,7 +343,7 @@ class Workers:
             self._start(number)
 
     def __del__(self):
-        """Leave no worker on a shared cluster; Ray alone lets one that still starts live on for long."""
+        """Leave no worker on a shared cluster; Ray alone lets one that still starts live on."""
         if ray.is_initialized():
             for worker in [*self._up.values(), *(worker for _, worker in self._starting.values())]:
                 ray.kill(worker)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import posixpath
+import re
 import sys
 import tarfile
 
@@ -17,7 +18,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from PIL import Image
+from PIL import Image, ImageChops, UnidentifiedImageError
 from tqdm import tqdm
 
 IMAGE_SIZE = (
@@ -26,25 +27,23 @@ IMAGE_SIZE = (
 
 MAX_PIXELS = 64 * 2**20  # larger images are taken for decompression bombs; ImageNet's largest has 24 M
 
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "GIF",
-    "BMP",
-    "WEBP",
-)  # what an image in a tar may be, whatever its name
+MAX_SCANS = 100  # of a progressive JPEG, which has some 10; with more, 1 MB can take hours
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be, whatever its name
 
 MAX_NAMED = 5  # left-out members (or keys) that a report names; the others are only counted
 
 # Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
 _RETRYING = Config(
-    connect_timeout=5, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 8}
+    connect_timeout=5,
+    read_timeout=20,
+    retries={"mode": "standard", "total_max_attempts": 8},
+    max_pool_connections=32,
 )
 _PARTS = TransferConfig(multipart_chunksize=8 * 2**20, max_concurrency=4, num_download_attempts=8)
 # The driver's own few requests fail within a minute when nothing answers.
 _IMPATIENT = Config(
-    connect_timeout=5, read_timeout=15, retries={"mode": "standard", "total_max_attempts": 3}
+    connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3}
 )
 
 
@@ -59,10 +58,7 @@ def one_line(text):
 
 def s3_resource(config=_IMPATIENT, **where):
     """A boto3 S3 resource of the ordinary AWS settings; `where` is an endpoint and region, if given."""
-    try:
-        return boto3.resource("s3", config=config, **where)
-    except (BotoCoreError, ValueError) as error:
-        raise InputError(f"S3 settings: {one_line(error)}") from error
+    return boto3.resource("s3", config=config, **where)
 
 
 def s3_location():
@@ -82,9 +78,9 @@ def explain(error):
     """One line for an error of S3: what S3 or the network said, and what to do about it."""
     code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
     hint = {
-        "NoSuchBucket": "no such bucket; check --s3-bucket, AWS_ENDPOINT_URL and the region",
+        "NoSuchBucket": "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
         "404": "there is no such object or bucket",
-        "NoSuchKey": "there is no such key",
+        "NoSuchKey": "there is no such key; check --label-file",
         "AccessDenied": "access denied; check the credentials and the bucket's policy",
         "403": "access denied; check the credentials and the bucket's policy",
     }.get(code)
@@ -106,29 +102,56 @@ class S3Folder:
     def __init__(self, url):
         """Name the folder; nothing is asked of S3 yet."""
         name, _, prefix = url.removeprefix("s3://").partition("/")
-        self._prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-        self._bucket = s3_resource(_RETRYING).Bucket(name)
+        self.prefix = f"{prefix.rstrip('/')}/" if prefix else ""
+        with s3_errors(name):
+            self.bucket = s3_resource(_RETRYING).Bucket(name)
 
-    def names(self):
-        """Names of the files."""
-        with s3_errors(self._bucket.name, self._prefix):
-            listed = self._bucket.objects.filter(Prefix=self._prefix)
-            return [obj.key.removeprefix(self._prefix) for obj in listed]
+    def check_writable(self, name):
+        """Raise InputError unless this file could be put: begins an upload and gives it up."""
+        with s3_errors(self.bucket.name, self.prefix + name):
+            target = s3_resource().Object(self.bucket.name, self.prefix + name)
+            target.initiate_multipart_upload().abort()
+
+    def names(self, start=""):
+        """Names of the files, or of those whose name starts so."""
+        with s3_errors(self.bucket.name, self.prefix):
+            listed = self.bucket.objects.filter(Prefix=self.prefix + start)
+            return [obj.key.removeprefix(self.prefix) for obj in listed]
 
     def upload(self, path, name):
         """Put a local file."""
-        with s3_errors(self._bucket.name, self._prefix + name):
-            self._bucket.upload_file(str(path), self._prefix + name, Config=_PARTS)
+        with s3_errors(self.bucket.name, self.prefix + name):
+            self.bucket.upload_file(str(path), self.prefix + name, Config=_PARTS)
+
+    def upload_stream(self, stream, name, metadata):
+        """Put what a file object has to read, with a dict of metadata; some twelve parts are in memory.
+
+        If reading raises, nothing is put. Threads may call this and `metadata` at the same time.
+        """
+        with s3_errors(self.bucket.name, self.prefix + name):
+            self.bucket.meta.client.upload_fileobj(
+                stream,
+                self.bucket.name,
+                self.prefix + name,
+                ExtraArgs={"Metadata": metadata},
+                Config=_PARTS,
+            )
+
+    def metadata(self, name):
+        """The metadata that a file was put with."""
+        with s3_errors(self.bucket.name, self.prefix + name):
+            head = self.bucket.meta.client.head_object
+            return head(Bucket=self.bucket.name, Key=self.prefix + name)["Metadata"]
 
     def download(self, name, path):
         """Get a file."""
-        with s3_errors(self._bucket.name, self._prefix + name):
-            self._bucket.download_file(self._prefix + name, str(path), Config=_PARTS)
+        with s3_errors(self.bucket.name, self.prefix + name):
+            self.bucket.download_file(self.prefix + name, str(path), Config=_PARTS)
 
     def delete(self, name):
         """Delete a file."""
-        with s3_errors(self._bucket.name, self._prefix + name):
-            self._bucket.Object(self._prefix + name).delete()
+        with s3_errors(self.bucket.name, self.prefix + name):
+            self.bucket.Object(self.prefix + name).delete()
 
 
 @contextlib.contextmanager
@@ -137,7 +160,8 @@ def s3_errors(bucket, key=""):
     try:
         yield
     except (BotoCoreError, Boto3Error, ClientError, OSError, ValueError) as error:
-        raise InputError(f"s3://{bucket}/{one_line(key)}: {explain(error)}") from error
+        place = f"{bucket}/{one_line(key)}" if key else bucket
+        raise InputError(f"s3://{place}: {explain(error)}") from error
 
 
 def digest(value):
@@ -150,7 +174,7 @@ def list_tars(bucket, prefix):
 
     Raises InputError where the bucket cannot be listed or holds no tar below the prefix.
     """
-    try:
+    with s3_errors(bucket):
         objects = s3_resource().Bucket(bucket).objects
         listed = list(objects.filter(Prefix=prefix))
         tars = {obj.key: obj.e_tag for obj in listed if obj.key.endswith(".tar")}
@@ -160,9 +184,22 @@ def list_tars(bucket, prefix):
                 f"s3://{bucket}: no key with the prefix {one_line(prefix)!r} ends in .tar; "
                 + (f"there are: {', '.join(map(one_line, keys))}" if keys else "the bucket is empty")
             )
-    except (BotoCoreError, Boto3Error, ClientError, ValueError) as error:
-        raise InputError(f"s3://{bucket}: {explain(error)}") from error
     return tars, [obj.key for obj in listed if obj.key not in tars]
+
+
+def estimate_images(bucket, tars):
+    """About how many images a dict of tars holds, from the sizes of all and the head of the first."""
+    with s3_errors(bucket):
+        objects = s3_resource().Bucket(bucket).objects
+        total = sum(obj.size for obj in objects.filter(Prefix=posixpath.commonprefix(list(tars))))
+        first = s3_resource().Object(bucket, next(iter(tars)))
+        head = io.BytesIO(
+            first.get(Range="bytes=0-1048575")["Body"].read() if first.content_length else b""
+        )
+    members, _ = _members(head)
+    if not members:
+        return total // 110_000  # bytes of an average ILSVRC-2012 JPEG
+    return round(total * len(members) / (members[-1].offset_data + members[-1].size))
 
 
 def load_tarfiles_from_s3(bucket, keys, size, **options):
@@ -173,7 +210,8 @@ def load_tarfiles_from_s3(bucket, keys, size, **options):
     report_ref): images uint8 [n, height, width, 3] RGB, a list of n base names, and a dict with
     `key`, `images` (n), `left_out` (a count) and `named` (the first few, each one line).
     """
-    where = s3_location()
+    with s3_errors(bucket):
+        where = s3_location()
     etags = keys if isinstance(keys, dict) else dict.fromkeys(keys)
     load = _load_tarfile.options(num_returns=3, scheduling_strategy="SPREAD", **options)
     return [tuple(load.remote(bucket, key, etag, tuple(size), where)) for key, etag in etags.items()]
@@ -216,7 +254,7 @@ def report_loading(bucket, report_refs):
 def _load_tarfile(bucket, key, etag, size, where):
     tar = download(bucket, key, etag, where)
     images, names, left_out = decode_tar(tar, size)
-    named = [f"{one_line(name)}: {why}" for name, why in left_out[:MAX_NAMED]]
+    named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
     report = {"key": key, "images": len(names), "left_out": len(left_out), "named": named}
     return images, names, report
 
@@ -224,16 +262,15 @@ def _load_tarfile(bucket, key, etag, size, where):
 def download(bucket, key, etag, where):
     """One object as bytes in memory (io.BytesIO); InputError if it is unreadable or has changed."""
     body = io.BytesIO()
-    try:
+    with s3_errors(bucket, key):
         s3_object = s3_resource(_RETRYING, **where).Object(bucket, key)
         s3_object.download_fileobj(body, Config=_PARTS)
-        if etag not in (None, s3_object.e_tag):
-            raise InputError(
-                f"s3://{bucket}/{key} has changed since it was listed "
-                f"(ETag {etag}, now {s3_object.e_tag}): start again with the new data"
-            )
-    except (BotoCoreError, Boto3Error, ClientError, OSError) as error:
-        raise InputError(f"s3://{bucket}/{key}: {explain(error)}") from error
+        now = s3_object.e_tag
+    if etag not in (None, now):
+        raise InputError(
+            f"s3://{bucket}/{one_line(key)} has changed since it was listed "
+            f"(ETag {etag}, now {now}): start again with the new data"
+        )
     return body
 
 
@@ -258,27 +295,90 @@ def decode_tar(tar, size):
 
 
 def _members(tar):
-    """The regular files that lie whole in a tar, and (name, reason) for everything else."""
+    """The regular files that lie whole in a tar, and (name, reason) for everything else.
+
+    Goes from header to header, and block by block where there is none, so always forwards. A walk by
+    `tarfile` itself ends at some damage, and hostile headers lead it in circles, or deep down.
+    """
     end = tar.seek(0, io.SEEK_END)
-    tar.seek(0)
-    files, left_out = [], []
-    try:
-        # "r:" is an uncompressed tar; ignore_zeros reads on behind damaged headers.
-        with tarfile.open(fileobj=tar, mode="r:", ignore_zeros=True) as archive:
-            for member in archive:
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    left_out.append((member.name, "no regular file"))
-                elif member.offset_data + member.size > end:
-                    left_out.append((member.name, "cut off by the end of the tar"))
-                else:
-                    files.append(member)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
-        left_out.append(("the tar itself", one_line(error) or "damaged"))
-    if not files and not left_out:
-        left_out.append(("the tar itself", "empty, or no tar"))
+    files, left_out, place, records, before = [], [], 0, {}, None
+    while place < end:
+        tar.seek(place)
+        block = tar.read(tarfile.BLOCKSIZE)
+        member = _header(block)
+        if not member:
+            now = "damage" if any(block) else "end mark"
+            if now == "damage" != before:
+                left_out.append(("the tar itself", f"damaged at byte {place}"))
+            place, records, before = place + len(block), {}, now
+            continue
+        place, before = place + len(block), "header"
+        if member.type in _EXTENDED:
+            content = tar.read(min(member.size, end - place))
+            place += _whole_blocks(member.size)
+            records = _records(member.type, content) | records  # of two, the first one counts
+            continue
+        member.name, member.offset_data = records.get("path", member.name), place
+        size = records.get("size", member.size)
+        if size is not None:
+            member.size = size
+        if size and not (member.isdir() or member.islnk() or member.issym() or member.isdev()):
+            place += _whole_blocks(size)
+        if member.type not in _REGULAR or "sparse" in records:
+            left_out += [] if member.isdir() else [(member.name, "no regular file")]
+        elif member.offset_data + member.size > end:
+            left_out.append((member.name, "cut off by the end of the tar"))
+        else:
+            files.append(member)
+        records = {}
+    if before == "header":
+        left_out.append(("the tar itself", "cut: its end mark is missing"))
+    if not files and all(name == "the tar itself" for name, _ in left_out):
+        left_out = [("the tar itself", "empty, or no tar")]
     return files, left_out
+
+
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+# Headers of more about the next member: GNU's of long names, those of PAX; a global one names nothing.
+_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_EXTENDED += (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+# A record of PAX, `length key=value` and a newline, with a key that matters or another one.
+_RECORD = re.compile(rb"(\d{1,19}) (?:(path|size|GNU\.sparse\.size|GNU\.sparse\.realsize)=)?")
+
+
+def _header(block):
+    """The header that a block of a tar is, as TarInfo, or None."""
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+    except tarfile.HeaderError:
+        return None
+    return member if member.size >= 0 else None
+
+
+def _whole_blocks(size):
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _records(kind, content):
+    """What an extended header's content says of the next member: path, size, or that it is sparse."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.partition(b"\0")[0].decode("utf-8", "replace")}
+    records, place = {}, 0
+    while kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+        record = _RECORD.match(content, place)
+        if not record:
+            break
+        if not int(record[1]):
+            return {}
+        start, place = record.end(), place + int(record[1])
+        value = content[start : place - 1]
+        if record[2] == b"path":
+            records["path"] = value.decode("utf-8", "replace")
+        elif record[2] == b"size":  # None: no number, so the next header is looked for at once
+            records["size"] = int(value) if re.fullmatch(rb"\d{1,19}", value) else None
+        elif record[2]:
+            records["sparse"] = True
+    return records
 
 
 class ImageError(Exception):
@@ -292,29 +392,40 @@ def decode_image(data, size):
     Raises ImageError.
     """
     height, width = size
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise ImageError("too many scans for a JPEG")
     try:
         h, w, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space in ("YCbCr", "RGB", "Gray") and h >= height and w >= width and h * w <= MAX_PIXELS:
+        if space in ("YCbCr", "RGB", "Gray") and h * w <= MAX_PIXELS:
             # min_factor=2: only halving while decoding is fast (and never below the size wanted).
             pixels = simplejpeg.decode_jpeg(
                 data, "RGB", min_height=height, min_width=width, min_factor=2
             )
-            return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    except ValueError:
-        pass
+            if h >= height and w >= width:
+                return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+            return _resize(Image.fromarray(pixels), size)
+    except ValueError as error:
+        if "premature end" in str(error).lower():  # Pillow would fill the rest of some with grey
+            raise ImageError("cut or corrupt JPEG") from error
     return _decode_with_pillow(data, size)
 
 
-def _decode_with_pillow(data, size):
+def _resize(image, size):
     height, width = size
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _decode_with_pillow(data, size):
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"too large: {image.width}x{image.height} pixels")
-            image.draft("RGB", (width, height))
-            return np.asarray(_to_rgb(image).resize((width, height), Image.Resampling.LANCZOS))
+            image.draft("RGB", size[::-1])
+            return _resize(_to_rgb(image), size)
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError("no image") from error
     except Exception as error:  # a damaged file can raise anything from any of Pillow's parsers
         raise ImageError(f"no readable image ({one_line(error)[:80]})") from error
 
@@ -323,6 +434,8 @@ def _to_rgb(image):
     if image.mode.startswith("I"):  # 16-bit grey: scaled, where convert() would clip
         grey = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "CMYK" and "adobe" not in image.info:  # Pillow takes every CMYK JPEG for Adobe's,
+        image = ImageChops.invert(image)  # in which 255 is no ink
     return image.convert("RGB")
 
 
@@ -332,12 +445,9 @@ def read_labels(bucket, key, num_classes):
     Raises InputError with the line number for a line that is malformed, a label that is no integer
     or outside 0..num_classes-1, and a name that has two labels.
     """
-    place = f"s3://{bucket}/{key}"
-    try:
+    with s3_errors(bucket, key):
         data = s3_resource().Object(bucket, key).get()["Body"].read()
-    except (BotoCoreError, Boto3Error, ClientError, OSError, ValueError) as error:
-        raise InputError(f"{place}: {explain(error)}; check --label-file") from error
-    return parse_labels(data, num_classes, place)
+    return parse_labels(data, num_classes, f"s3://{bucket}/{one_line(key)}")
 
 
 def parse_labels(data, num_classes, place):
@@ -351,13 +461,14 @@ def parse_labels(data, num_classes, place):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        path, _, label = line.strip().rpartition(" ")
-        name = posixpath.basename(path.strip())
-        if not name:
+        path, *rest = line.split()
+        name = posixpath.basename(path)
+        if not name or len(rest) != 1:
             raise InputError(
                 f"{place}, line {number}: not `directory/name.JPEG label`: {shorten(line)}"
             )
-        if not (label.isascii() and label.isdigit() and int(label) < num_classes):
+        label = rest[0]
+        if not (re.fullmatch("[0-9]{1,9}", label) and int(label) < num_classes):
             raise InputError(
                 f"{place}, line {number}: label {shorten(label)} is no integer in 0..{num_classes - 1}"
             )

@@ -6,10 +6,10 @@ import uuid
 
 import pytest
 import ray
-import tensorflow as tf
 
 import demo
 import driver
+from alexnet import tf
 
 # A network so thin that a step takes milliseconds; its layers are those of AlexNet.
 THIN = (

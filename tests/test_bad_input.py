@@ -1,0 +1,491 @@
+"""Each row of the table of bad input: one line on standard error, the exit status, what is kept."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import uuid
+import zlib
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+import ray
+from botocore.config import Config
+from conftest import THIN
+from PIL import Image
+
+import alexnet
+import demo
+import driver
+import functions
+import imagenet
+
+ROOT = Path(driver.__file__).parent
+SIZE = [256, 256]
+
+
+def photo(seed=0):
+    return demo.jpeg(demo.draw_image(seed, np.random.default_rng(seed)))
+
+
+def one_error(capsys, *arguments):
+    """The only line on standard error of a run that must end with exit status 2."""
+    assert driver.main(list(map(str, arguments))) == 2
+    line, rest = capsys.readouterr().err.split("\n", 1)
+    assert rest == "" and line.startswith("error: ") and line.isprintable()
+    return line
+
+
+# ---- S3 that cannot be read
+
+
+def test_a_process_says_one_line_and_ends_with_2(cluster):
+    command = [sys.executable, ROOT / "driver.py", "--s3-bucket", "no-such-bucket"]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: s3://no-such-bucket: no such bucket; check its name, AWS_ENDPOINT_URL and the region\n"
+    )
+
+
+def test_no_credentials(cluster, bucket, capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_") and "ENDPOINT" not in name]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers credentials
+    line = one_error(capsys, "--s3-bucket", bucket)
+    assert f"s3://{bucket}: Unable to locate credentials" in line and "aws configure" in line
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "only half of them")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    line = one_error(capsys, "--s3-bucket", bucket)
+    assert f"s3://{bucket}: " in line and "AWS_SECRET_ACCESS_KEY" in line
+
+
+@contextlib.contextmanager
+def answering(status, code):
+    """An S3 server that answers every request with one error; yields its endpoint."""
+    body = f"<Error><Code>{code}</Code><Message>two\nlines</Message></Error>".encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802, the name is BaseHTTPRequestHandler's
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+ANSWERS = [
+    (403, "AccessDenied", "access denied; check the credentials and the bucket's policy"),
+    (
+        403,
+        "InvalidAccessKeyId",
+        "(InvalidAccessKeyId) when calling the ListObjects operation: two lines",
+    ),
+    (400, "ExpiredToken", "(ExpiredToken)"),
+    (301, "PermanentRedirect", "(PermanentRedirect)"),
+    (503, "SlowDown", "(SlowDown)"),
+]
+
+
+@pytest.mark.parametrize("status, code, why", ANSWERS)
+def test_bucket_is_refused(cluster, capsys, monkeypatch, status, code, why):
+    with answering(status, code) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        line = one_error(capsys, "--s3-bucket", "theirs")
+    assert line.startswith("error: s3://theirs: ") and why in line
+
+
+@pytest.mark.timeout(60)
+def test_endpoint_that_refuses_connections(cluster, capsys, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        line = one_error(capsys, "--s3-bucket", "b")
+    assert line.startswith(f'error: s3://b: Could not connect to the endpoint URL: "{endpoint}/')
+
+
+def test_endpoint_that_never_answers(cluster, capsys, monkeypatch):
+    """With the limits that driver.py uses, it is given up within a minute, start-up included."""
+    patience = imagenet._IMPATIENT
+    attempts = patience.retries["total_max_attempts"]
+    assert attempts * max(patience.connect_timeout, patience.read_timeout) <= 30
+    quick = partial(imagenet.s3_resource, patience.merge(Config(read_timeout=0.2)))
+    monkeypatch.setattr(imagenet, "s3_resource", quick)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        line = one_error(capsys, "--s3-bucket", "b")
+    assert line.startswith(f'error: s3://b: Read timeout on endpoint URL: "{endpoint}/')
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "http://no such host"])
+def test_endpoint_that_is_no_url(cluster, capsys, monkeypatch, endpoint):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    line = one_error(capsys, "--s3-bucket", "b")
+    assert line.startswith("error: s3://b: ") and endpoint in line
+
+
+def test_bucket_name_that_none_can_have(cluster, capsys, s3):
+    assert "s3://No Bucket: " in one_error(capsys, "--s3-bucket", "No Bucket")
+
+
+# ---- keys and labels
+
+
+def test_prefix_without_a_tar(cluster, s3, bucket, capsys):
+    line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "nowhere/")
+    assert (
+        line
+        == f"error: s3://{bucket}: no key with the prefix 'nowhere/' ends in .tar; the bucket is empty"
+    )
+    for key in ("a/1.tar", "a/2.tar", "b/1.txt", "c/1.tar", "c/2.tar"):
+        s3.put_object(Bucket=bucket, Key=key, Body=b"")
+    line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "nowhere/")
+    assert line.endswith(
+        "no key with the prefix 'nowhere/' ends in .tar; there are: a/1.tar, a/2.tar, b/1.txt"
+    )
+    line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "b/")
+    assert line.endswith("no key with the prefix 'b/' ends in .tar; there are: b/1.txt")
+
+
+LABEL_FILES = {
+    "missing": (None, ": there is no such key; check --label-file"),
+    "empty": (b"", ": holds no label; check --label-file"),
+    "not text": (b"n1/a.JPEG 1\n\xff\xfe\x00", ", line 2: not text; check --label-file"),
+    "malformed": (
+        b"n1/a.JPEG 1\nn1/b.JPEG\n",
+        ", line 2: not `directory/name.JPEG label`: 'n1/b.JPEG'",
+    ),
+    "no integer": (b"n1/a.JPEG one", ", line 1: label 'one' is no integer in 0..9"),
+    "outside": (b"n1/a.JPEG 9\nn1/b.JPEG 10", ", line 2: label '10' is no integer in 0..9"),
+    "twice": (b"n1/a.JPEG 1\nn2/a.JPEG 2", ", line 2: 'a.JPEG' already has label 1"),
+}
+
+
+@pytest.mark.parametrize("data, why", LABEL_FILES.values(), ids=LABEL_FILES)
+def test_label_file(thin, cluster, s3, bucket, capsys, data, why):
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({"a.JPEG": photo()}))
+    if data is not None:
+        s3.put_object(Bucket=bucket, Key="labels/x.txt", Body=data)
+    options = ["--s3-bucket", bucket, "--key-prefix", "", "--label-file", "labels/x.txt"]
+    assert one_error(capsys, *options) == f"error: s3://{bucket}/labels/x.txt{why}"
+
+
+# ---- images and tars
+
+
+def huge_png():
+    """A PNG of a few bytes whose header declares 50000x50000 pixels."""
+    data = bytearray(encode_png(Image.new("L", (1, 1))))
+    data[16:24] = (50_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def huge_jpeg():
+    """A JPEG whose header declares 65000x65000 pixels."""
+    data = bytearray(photo())
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = (65_000).to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+def encode_png(image):
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def with_a_hole(data):
+    """Bytes without 200 of them in the middle."""
+    middle = len(data) // 2
+    return data[: middle - 100] + data[middle + 100 :]
+
+
+def special(kind):
+    """A member that has no bytes of its own."""
+    member = tarfile.TarInfo()
+    member.type, member.linkname = kind, "good1.JPEG"
+    return member
+
+
+def make_tar(members):
+    """A tar of (name, bytes or a special member)."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, content in members:
+            if isinstance(content, bytes):
+                member, file = tarfile.TarInfo(), io.BytesIO(content)
+                member.size = len(content)
+            else:
+                member, file = content, None
+            member.name = name
+            tar.addfile(member, file)
+    return data.getvalue()
+
+
+NOISE = Image.effect_noise((300, 300), 50)
+CMYK = demo.jpeg(demo.draw_image(0, np.random.default_rng(0)).convert("CMYK"))
+LEFT_OUT = {
+    "text": (b"this is no image", "no image"),
+    "no bytes": (b"", "no image"),
+    "another format": (b"%PDF-1.7", "no image"),
+    "a cut JPEG": (photo()[: len(photo()) // 2], "cut or corrupt JPEG"),
+    "a JPEG cut by 10 bytes": (photo()[:-10], "cut or corrupt JPEG"),
+    "a JPEG cut in its header": (photo()[:300], "no readable image"),
+    "a small cut grey JPEG": (demo.jpeg(NOISE.resize((99, 99)))[:-99], "cut or corrupt JPEG"),
+    "a cut CMYK JPEG": (CMYK[:-999], "no readable image"),
+    "a cut PNG": (encode_png(NOISE)[:-5000], "no readable image"),
+    "a JPEG with a hole": (with_a_hole(photo()), "cut or corrupt JPEG"),
+    "a PNG with a hole": (with_a_hole(encode_png(NOISE)), "no readable image"),
+    "a huge PNG": (huge_png(), "pixels"),
+    "a huge JPEG": (huge_jpeg(), "pixels"),
+    "a symbolic link": (special(tarfile.SYMTYPE), "no regular file"),
+    "a hard link": (special(tarfile.LNKTYPE), "no regular file"),
+    "a character device": (special(tarfile.CHRTYPE), "no regular file"),
+    "a block device": (special(tarfile.BLKTYPE), "no regular file"),
+    "a pipe": (special(tarfile.FIFOTYPE), "no regular file"),
+}
+
+
+@pytest.mark.parametrize("content, why", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_member_is_left_out_and_all_others_are_kept(content, why):
+    members = [("good1.JPEG", photo(1)), ("bad.JPEG", content), ("good2.JPEG", photo(2))]
+    images, names, left_out = imagenet.decode_tar(io.BytesIO(make_tar(members)), SIZE)
+    assert names == ["good1.JPEG", "good2.JPEG"]
+    assert np.array_equal(images, [imagenet.decode_image(photo(seed), SIZE) for seed in (1, 2)])
+    [(name, reason)] = left_out
+    assert name == "bad.JPEG" and why in reason and reason.isprintable() and "0x" not in reason
+
+
+def test_folders_are_no_damage():
+    members = [("n1", special(tarfile.DIRTYPE)), ("n1/a.JPEG", photo())]
+    _, names, left_out = imagenet.decode_tar(io.BytesIO(make_tar(members)), SIZE)
+    assert names == ["a.JPEG"] and left_out == []
+
+
+GOOD = make_tar([(f"{i}.JPEG", photo(i)) for i in range(3)])
+THIRD = GOOD.index(b"2.JPEG\0")
+TARS = {
+    "cut in its last image": (GOOD[: THIRD + 2000], "01", "2.JPEG: cut off by the end of the tar"),
+    "cut in a header": (GOOD[: THIRD + 200], "01", f"the tar itself: damaged at byte {THIRD}"),
+    "cut between images": (GOOD[:THIRD], "01", "the tar itself: cut: its end mark is missing"),
+    "cut in its first header": (GOOD[:100], "", "the tar itself: empty, or no tar"),
+    "no bytes": (b"", "", "the tar itself: empty, or no tar"),
+    "without members": (make_tar([]), "", "the tar itself: empty, or no tar"),
+    "text": (b"this is no tar\n" * 1000, "", "the tar itself: empty, or no tar"),
+    "an image": (photo(), "", "the tar itself: empty, or no tar"),
+    "noise": (np.random.default_rng(0).bytes(20_000), "", "the tar itself: empty, or no tar"),
+    "compressed": (zlib.compress(GOOD), "", "the tar itself: empty, or no tar"),
+    "with a damaged header": (
+        GOOD.replace(b"1.JPEG\0", b"1.JPEX\0", 1),
+        "02",
+        f"the tar itself: damaged at byte {GOOD.index(b'1.JPEG')}",
+    ),
+}
+
+
+@pytest.mark.parametrize("tar, kept, why", TARS.values(), ids=TARS)
+def test_what_is_readable_of_a_tar_is_kept(tar, kept, why):
+    images, names, left_out = imagenet.decode_tar(io.BytesIO(tar), SIZE)
+    assert names == [f"{seed}.JPEG" for seed in kept]
+    for seed, image in zip(kept, images, strict=True):
+        assert np.array_equal(image, imagenet.decode_image(photo(int(seed)), SIZE))
+    assert f"{left_out[0][0]}: {left_out[0][1]}" == why
+
+
+def test_training_goes_on_with_what_is_usable(thin, cluster, s3, bucket, capsys):
+    bad = [(f"{what}.JPEG", content) for what, (content, _) in LEFT_OUT.items()]
+    images, specials = bad[:-5], bad[-5:]
+    tars = {
+        "cut.tar": GOOD[: THIRD + 2000],
+        "empty.tar": b"",
+        "good.tar": make_tar([("c.JPEG", photo(3)), ("no\nlabel.JPEG", photo(4))]),
+        "images.tar": make_tar([("a.JPEG", photo(1)), *images, ("b.JPEG", photo(2))]),
+        "specials.tar": make_tar([*specials, ("d.JPEG", photo(5))]),
+        "text.tar": b"no tar",
+        "unlabelled.tar": make_tar([("e.JPEG", photo(6))]),
+    }
+    for key, body in tars.items():
+        s3.put_object(Bucket=bucket, Key=key, Body=body)
+    labels = "\n".join(f"x/{name}.JPEG {label}" for label, name in enumerate("abcd01"))
+    s3.put_object(Bucket=bucket, Key="train.txt", Body=labels.encode())
+    assert driver.main(["--s3-bucket", bucket, "--key-prefix", "", "--iterations", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    where = f"s3://{bucket}"
+    assert f"{where}/*: 7 tars, 1 other keys left out" in out
+    assert f"{where}/cut.tar: 2 left out: 2.JPEG: cut off by the end of the tar; the tar itself" in out
+    assert f"{where}/images.tar: {len(images)} left out: text.JPEG: no image; no bytes.JPEG: no" in out
+    assert f"{where}/specials.tar: 5 left out: a symbolic link.JPEG: no regular file; " in out
+    assert "; a pipe.JPEG: no regular file\n" in out
+    assert f"{where}/empty.tar: 1 left out: the tar itself: empty, or no tar" in out
+    assert f"{where}/text.tar: 1 left out: the tar itself: " in out
+    assert "2 images have no label and are left out: 'no\\nlabel.JPEG', 'e.JPEG'" in out
+    assert "6 images in 4 batches" in out
+    assert len(re.findall(r"^Iteration \d: loss", out, re.M)) == 2
+
+
+@pytest.mark.parametrize("name", ["unlabelled", "unreadable"])
+def test_nothing_usable_left(thin, cluster, s3, bucket, capsys, name):
+    content = {"unlabelled": photo(), "unreadable": b"no image"}[name]
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({f"{name}.JPEG": content}))
+    s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n1/other.JPEG 1\nn1/unreadable.JPEG 2")
+    line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a")
+    assert line == (
+        f"error: s3://{bucket}/a*: no image is readable and has a label in train.txt: "
+        "check --key-prefix and --label-file"
+    )
+
+
+# ---- workers and signals
+
+
+@pytest.fixture
+def small(s3, bucket):
+    """Arguments of a run on a bucket of a single image."""
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({"a.JPEG": photo()}))
+    s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n1/a.JPEG 1")
+    return ["--s3-bucket", bucket, "--key-prefix", ""]
+
+
+LACK = "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room for 0"
+
+
+def test_more_workers_than_this_machine_holds(thin, cluster, small, capsys, monkeypatch):
+    monkeypatch.setattr(thin, "NUM_WORKERS", 2)
+    monkeypatch.setattr(thin, "CPUS_PER_WORKER", 3)
+    monkeypatch.setattr(thin, "connect", lambda: False)  # as if driver.py had started this Ray
+    assert one_error(capsys, *small) == f"error: {LACK}: lower NUM_WORKERS or add nodes"
+
+
+def test_more_workers_than_a_growing_cluster_gets_room_for(thin, cluster, small, capsys, monkeypatch):
+    monkeypatch.setattr(thin, "NUM_WORKERS", 2)
+    monkeypatch.setattr(thin, "CPUS_PER_WORKER", 3)
+    monkeypatch.setattr(thin, "WORKER_WAIT", 2)
+    assert driver.main(small) == 2
+    out, err = capsys.readouterr()
+    assert f"{LACK}: waiting up to 2 s for more nodes" in out.splitlines()
+    assert err == f"error: {LACK}: lower NUM_WORKERS or add nodes\n"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_while_loading_stops_at_once(thin, cluster, small, capsys, monkeypatch, number, status):
+    monkeypatch.setattr(imagenet, "report_loading", lambda *_: os.kill(os.getpid(), number))
+    assert driver.main(small) == status
+    out, err = capsys.readouterr()
+    assert "Shuffle" not in out and err == ""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_while_ray_starts_waits_for_it(
+    thin, cluster, small, capsys, monkeypatch, number, status
+):
+    """An interrupted ray.init can crash."""
+    monkeypatch.setattr(thin, "connect", lambda: os.kill(os.getpid(), number) or print("connected"))
+    assert driver.main(small) == status
+    assert capsys.readouterr() == ("Stopping after this step\nconnected\n", "")
+
+
+def test_second_signal_does_not_wait():
+    stop = driver.Stop()
+    stop(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGTERM, None)
+    assert stop.signum == signal.SIGTERM
+
+
+def test_sigterm_stops_after_the_current_step(thin, cluster, small, capsys, monkeypatch):
+    apply, steps = alexnet.AlexNet.apply, []
+
+    def signalled(*arguments):
+        steps.append(len(steps))
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        apply(*arguments)
+
+    monkeypatch.setattr(alexnet.AlexNet, "apply", signalled)
+    assert driver.main(small) == 143
+    out, err = capsys.readouterr()
+    assert re.findall(r"^Iteration (\d): loss", out, re.M) == ["0", "1", "2"] and err == ""
+
+
+def test_ctrl_c_while_modules_are_imported():
+    command = [sys.executable, "-X", "importtime", ROOT / "driver.py"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stderr.readline().endswith(" numpy\n"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 130
+
+
+def test_ctrl_c_in_a_terminal_leaves_nothing_running(small, tmp_path):
+    """A terminal signals the whole process group; driver.py here has a Ray of its own."""
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-u", ROOT / "tests" / "thin_driver.py", "NUM_WORKERS=1", *small]
+    with (tmp_path / "stderr").open("w+") as stderr:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"RAY_ADDRESS": "local", "STARTED_BY": mark},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            before = list(iter(lambda: process.stdout.readline()[:18], "Iteration 1: loss "))
+            os.killpg(process.pid, signal.SIGINT)
+            after = process.stdout.read()
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
+        stderr.seek(0)
+        assert stderr.read() == ""
+    assert "Iteration 0: loss " in before
+    assert "Stopping after this step\n" in after and after.count(": loss = ") <= 2
+    _, alive = psutil.wait_procs([p for p in psutil.process_iter() if mark in environ(p)], timeout=20)
+    assert alive == []
+
+
+def environ(process):
+    """The values in a process's environment; none if it has just ended or is not ours."""
+    try:
+        return process.environ().values()
+    except (psutil.AccessDenied, psutil.NoSuchProcess):
+        return []
+
+
+def test_workers_do_not_outlive_a_run(cluster):
+    """Also those that still start; this test holds a handle, so that Ray alone would keep the actor."""
+    share, network = {"cpus": 1, "gpus": 0}, {"layers": THIN, "num_classes": 10}
+    workers = functions.Workers(1, share, network, functions.Helpers(), 100)
+    [(_, worker)] = workers._starting.values()
+    del workers
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(worker.ready.remote(), timeout=60)

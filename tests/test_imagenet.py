@@ -1,0 +1,368 @@
+"""imagenet.py: listing, loading and decoding over real S3, Ray and image bytes, and the label file."""
+
+import contextlib
+import io
+import os
+import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import ray
+import simplejpeg
+from PIL import Image, ImageChops
+
+import demo
+import imagenet
+
+SIZE = [256, 256]
+
+
+def picture(width=500, height=400):
+    """A smooth picture without symmetry: each channel rises in a direction of its own."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [x / width, y / height, (x + y) / (width + height)]
+    return Image.fromarray((np.stack(channels, -1) * 255).round().astype(np.uint8))
+
+
+def encode(image, kind, **options):
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def difference(data, wanted, size=SIZE):
+    """Mean absolute difference, grey levels, of a decoded image from Pillow's Lanczos of `wanted`."""
+    height, width = size
+    lanczos = np.asarray(wanted.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+    decoded = imagenet.decode_image(data, size)
+    assert decoded.shape == (height, width, 3) and decoded.dtype == np.uint8
+    return np.abs(decoded.astype(int) - lanczos).mean()
+
+
+def put_tar(s3, bucket, key, names, size=(300, 260)):
+    rng = np.random.default_rng(0)
+    files = {name: demo.jpeg(demo.draw_image(i, rng, size)) for i, name in enumerate(names)}
+    s3.put_object(Bucket=bucket, Key=key, Body=demo.make_tar(files))
+
+
+# ---- listing
+
+
+def test_list_has_every_page(s3, bucket):
+    keys = [f"train/{number:04}.tar" for number in range(1005)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda key: s3.put_object(Bucket=bucket, Key=key, Body=b""), keys))
+    assert s3.list_objects(Bucket=bucket)["IsTruncated"], "all keys fit on one page"
+    tars, others = imagenet.list_tars(bucket, "train/")
+    assert list(tars) == keys and others == []
+
+
+def test_list_filters_by_prefix_and_leaves_out_what_is_no_tar(s3, bucket):
+    keys = ["train/a.tar", "train/b.tar", "train/", "train/b.tar.txt", "train/readme", "other/c.tar"]
+    for key in keys:
+        s3.put_object(Bucket=bucket, Key=key, Body=key.encode())
+    tars, others = imagenet.list_tars(bucket, "train/")
+    assert tars == {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys[:2]}
+    assert sorted(others) == sorted(keys[2:5])
+    assert list(imagenet.list_tars(bucket, "train/b")[0]) == ["train/b.tar"]
+
+
+# ---- loading
+
+
+def test_load_returns_at_once_with_one_task_a_tar(cluster, bucket):
+    keys = ["a.tar", "b.tar", "c.tar"]
+    # No node has a gate, so that none of the tasks can run while load_tarfiles_from_s3 does.
+    loaded = imagenet.load_tarfiles_from_s3(bucket, keys, SIZE, resources={"gate": 1})
+    assert [len(refs) for refs in loaded] == [3, 3, 3]
+    tasks = [{ref.task_id() for ref in refs} for refs in loaded]
+    assert [len(ids) for ids in tasks] == [1, 1, 1] and len(set.union(*tasks)) == 3
+    for images, *_ in loaded:
+        ray.cancel(images)
+
+
+def test_load_returns_images_names_and_a_report(cluster, s3, bucket):
+    odd = "train/é +%25 x.tar"
+    put_tar(s3, bucket, "train/a.tar", ["n1/n1_1.JPEG", "n1/n1_2.JPEG", "n1/sub/n1_3.JPEG"])
+    put_tar(s3, bucket, odd, ["n2_1.JPEG"], size=(100, 700))
+    tars, _ = imagenet.list_tars(bucket, "train/")
+    for keys in (list(tars), tars):  # keys alone, or with their ETags
+        loaded = ray.get(
+            [ref for refs in imagenet.load_tarfiles_from_s3(bucket, keys, SIZE) for ref in refs]
+        )
+        (images, names, report), (images2, names2, report2) = loaded[:3], loaded[3:]
+        assert images.shape == (3, 256, 256, 3) and images.dtype == np.uint8
+        assert names == ["n1_1.JPEG", "n1_2.JPEG", "n1_3.JPEG"]
+        assert report == {"key": "train/a.tar", "images": 3, "left_out": 0, "named": []}
+        assert images2.shape == (1, 256, 256, 3) and names2 == ["n2_1.JPEG"]
+        assert report2 == {"key": odd, "images": 1, "left_out": 0, "named": []}
+    # Images lie in the order of their names.
+    blue = demo.draw_image(1, np.random.default_rng(1), (300, 260))
+    s3.put_object(
+        Bucket=bucket,
+        Key="order.tar",
+        Body=demo.make_tar({"grey": demo.jpeg(blue.convert("L")), "blue": demo.jpeg(blue)}),
+    )
+    [(images, names, _)] = imagenet.load_tarfiles_from_s3(bucket, ["order.tar"], SIZE)
+    grey, colour = (np.ptp(image, axis=-1).max() for image in ray.get(images))
+    assert ray.get(names) == ["grey", "blue"] and grey == 0 and colour > 50
+
+
+def test_drivers_endpoint_and_region_reach_the_tasks(cluster, s3, bucket):
+    put_tar(s3, bucket, "a.tar", ["a.JPEG"])
+    elsewhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_DEFAULT_REGION": "eu-north-1"}
+    [(_, names, _)] = imagenet.load_tarfiles_from_s3(
+        bucket, ["a.tar"], SIZE, runtime_env={"env_vars": elsewhere}
+    )
+    assert ray.get(names) == ["a.JPEG"]
+
+
+def test_location_is_endpoint_and_region_and_no_credentials(s3, monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9999")
+    where = {"region_name": "eu-central-1", "endpoint_url": "http://127.0.0.1:9999"}
+    assert imagenet.s3_location() == where
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    assert imagenet.s3_location() == {"region_name": "eu-central-1"}
+
+
+def test_changed_object_is_noticed_by_its_etag(cluster, s3, bucket):
+    put_tar(s3, bucket, "a.tar", ["a.JPEG"])
+    tars, _ = imagenet.list_tars(bucket, "")
+    put_tar(s3, bucket, "a.tar", ["b.JPEG"])
+    [(_, _, report)] = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE)
+    with pytest.raises(imagenet.InputError, match=f"^s3://{bucket}/a.tar has changed .*ETag") as caught:
+        imagenet.report_loading(bucket, [report])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left_out", [0, 7])
+def test_report_counts_and_names_what_is_left_out(cluster, capsys, left_out):
+    reports = [
+        {"key": f"{i:02}\n.tar", "images": 3, "left_out": left_out, "named": ["x: cut", "y: no image"]}
+        for i in range(20)
+    ]
+    imagenet.report_loading("b", [ray.put(report) for report in reports])
+    lines = capsys.readouterr().out.splitlines()
+    progress = [line for line in lines if line.startswith("Loading")]
+    assert len(progress) == 10 and progress[-1] == "Loading: 20 of 20 tars, 60 images"
+    named = [f"s3://b/{i:02} .tar: 7 left out: x: cut; y: no image" for i in range(5)]
+    assert lines[10:] == ([*named, "105 left out of 15 more tars"] if left_out else [])
+
+
+def test_a_terminal_gets_a_bar_instead_of_lines(cluster, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    report = {"key": "a.tar", "images": 3, "left_out": 0, "named": []}
+    imagenet.report_loading("b", [ray.put(report) for _ in range(4)])
+    out, err = capsys.readouterr()
+    assert out == "" and "4/4" in err and "images=12" in err
+
+
+# ---- decoding
+
+
+def adobe_ycck():
+    """A YCCK JPEG with an Adobe marker, in which ink is inverted, as Photoshop writes it."""
+    inverted = np.asarray(ImageChops.invert(picture().convert("CMYK")))
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(inverted), 95, "CMYK")
+    assert Image.open(io.BytesIO(data)).info["adobe_transform"] == 2
+    return data
+
+
+def plain_cmyk():
+    """A CMYK JPEG without an Adobe marker, in which ink is not inverted."""
+    data = encode(ImageChops.invert(picture().convert("CMYK")), "JPEG", quality=95)
+    start = data.index(b"\xff\xee")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    assert b"Adobe" in data[start:end]
+    return data[:start] + data[end:]
+
+
+def deep(image):
+    """A picture of 8 bits a channel as a PNG of 16."""
+    pixels = np.asarray(image).astype(np.uint16) * 257
+    return cv2.imencode(".png", pixels[..., ::-1] if pixels.ndim == 3 else pixels)[1].tobytes()
+
+
+GREY = picture().convert("L")
+FORMATS = {
+    "colour JPEG": (encode(picture(), "JPEG", quality=95), picture()),
+    "progressive JPEG": (encode(picture(), "JPEG", quality=95, progressive=True), picture()),
+    "JPEG without subsampling": (encode(picture(), "JPEG", quality=95, subsampling=0), picture()),
+    "RGB JPEG": (encode(picture(), "JPEG", quality=95, keep_rgb=True), picture()),
+    "grey JPEG": (encode(GREY, "JPEG", quality=95), GREY),
+    "CMYK JPEG of Adobe": (encode(picture().convert("CMYK"), "JPEG", quality=95), picture()),
+    "YCCK JPEG of Adobe": (adobe_ycck(), picture()),
+    "CMYK JPEG": (plain_cmyk(), picture()),
+    "PNG": (encode(picture(), "PNG"), picture()),
+    "grey PNG": (encode(GREY, "PNG"), GREY),
+    "grey PNG with alpha": (encode(GREY.convert("LA"), "PNG"), GREY),
+    "16-bit grey PNG": (deep(GREY), GREY),
+    "16-bit colour PNG": (deep(picture()), picture()),
+    "palette PNG": (encode(picture().quantize(), "PNG"), picture().quantize()),
+    "black and white PNG": (encode(GREY.convert("1"), "PNG"), GREY.convert("1")),
+    "RGBA PNG": (encode(picture().convert("RGBA"), "PNG"), picture()),
+    "GIF": (encode(picture().quantize(), "GIF"), picture().quantize()),
+    "BMP": (encode(picture(), "BMP"), picture()),
+    "WEBP": (encode(picture(), "WEBP", quality=95), picture()),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_becomes_rgb(name):
+    data, wanted = FORMATS[name]
+    assert difference(data, wanted) < 1.5
+
+
+def test_16_bit_grey_keeps_its_bright_half():
+    """Clipped at 255, as Pillow's own conversion does it, every pixel but black would be white."""
+    ramp = np.linspace(0, 65535, 256 * 256).reshape(256, 256).astype(np.uint16)
+    decoded = imagenet.decode_image(cv2.imencode(".png", ramp)[1].tobytes(), SIZE)
+    assert np.abs(decoded - (ramp / 257)[..., None]).max() <= 1
+
+
+SIZES = [
+    (1, 1),
+    (100, 80),
+    (255, 256),
+    (256, 256),
+    (257, 256),
+    (40, 700),
+    (700, 40),
+    (300, 1500),
+    (2000, 1500),
+]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("width, height", SIZES)
+def test_every_size_and_aspect_comes_out_as_lanczos_does(width, height, kind):
+    image = picture(width, height)
+    options = {"quality": 95} if kind == "JPEG" else {}
+    assert difference(encode(image, kind, **options), image) < 1.5
+
+
+@pytest.mark.parametrize("size", [[64, 96], [300, 200], [700, 600]])
+def test_size_is_height_and_width(size):
+    assert difference(demo.jpeg(picture(), 95), picture(), size) < 1.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("side", [400, 700, 900, 1500])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fine_stripes_do_not_alias(side, axis, kind):
+    """Stripes too fine for the result fade to grey; mere sampling would make new, wider ones."""
+    stripes = np.zeros((side, side, 3), np.uint8)
+    stripes.swapaxes(0, axis)[::2] = 255
+    sampled = cv2.resize(stripes, tuple(SIZE), interpolation=cv2.INTER_LINEAR)
+    options = {"quality": 95} if kind == "JPEG" else {}
+    decoded = imagenet.decode_image(encode(Image.fromarray(stripes), kind, **options), SIZE)
+    assert sampled.std() > 50
+    assert decoded.std() < sampled.std() / 2 and abs(decoded.mean() - 127.5) < 3
+
+
+def test_png_by_the_name_of_a_jpeg_is_kept():
+    """ILSVRC-2012 has one: n02105855_2933.JPEG."""
+    tar = io.BytesIO(demo.make_tar({"n02105855_2933.JPEG": encode(picture(), "PNG")}))
+    images, names, left_out = imagenet.decode_tar(tar, SIZE)
+    assert len(images) == 1 and names == ["n02105855_2933.JPEG"] and left_out == []
+
+
+@contextlib.contextmanager
+def recorded_writes():
+    """The paths of files that this process opens to write or makes meanwhile."""
+    paths, active = [], True
+
+    def hook(event, arguments):
+        if active and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            paths.append(arguments[0])
+
+    sys.addaudithook(hook)  # for good: hooks cannot be taken away
+    yield paths
+    active = False
+
+
+def test_the_disk_is_not_touched(s3, bucket, tmp_path):
+    put_tar(s3, bucket, "a.tar", [f"{i}.JPEG" for i in range(50)], size=(1000, 800))
+    files = {"png.JPEG": encode(picture(), "PNG"), "cut.JPEG": demo.jpeg(picture())[:2000]}
+    s3.put_object(Bucket=bucket, Key="b.tar", Body=demo.make_tar(files))
+
+    def load(key):
+        return imagenet.decode_tar(imagenet.download(bucket, key, None, {}), SIZE)
+
+    load("b.tar")  # the first time, Python caches the modules that it imports
+    with recorded_writes() as paths:
+        images = [load("a.tar")[0], load("b.tar")[0]]
+        (tmp_path / "seen").touch()
+    assert list(map(len, images)) == [50, 1]
+    assert paths == [str(tmp_path / "seen")]
+
+
+def test_the_array_is_allocated_once():
+    rng = np.random.default_rng(0)
+    good = {f"{i}.JPEG": demo.jpeg(demo.draw_image(i, rng)) for i in range(40)}
+    tar = io.BytesIO(demo.make_tar({"first": b"no image", **good, "last": b"no image"}))
+    tracemalloc.start()
+    try:
+        images, names, left_out = imagenet.decode_tar(tar, SIZE)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(images) == len(names) == 40 and len(left_out) == 2
+    assert images.base.nbytes == 42 * 256 * 256 * 3 and images.flags.c_contiguous
+    assert images.base.nbytes < peak < images.base.nbytes + 2 * 2**20
+
+
+# ---- labels
+
+
+def test_labels_are_one_dict_of_base_names():
+    text = "n01/a.JPEG 0\r\nn02/b.JPEG 999\n\n  n03/deep/er/c.JPEG   07  \nd.JPEG 3\nn01/a.JPEG 0"
+    labels = imagenet.parse_labels(text.encode(), 1000, "s3://b/train.txt")
+    assert labels == {"a.JPEG": 0, "b.JPEG": 999, "c.JPEG": 7, "d.JPEG": 3}
+
+
+def test_labels_are_read_from_s3(s3, bucket):
+    lines = [f"n{i // 1300:08}/n{i}.JPEG {i % 1000}" for i in range(50_000)]
+    s3.put_object(Bucket=bucket, Key="train.txt", Body="\n".join(lines).encode())
+    labels = imagenet.read_labels(bucket, "train.txt", 1000)
+    assert labels == {f"n{i}.JPEG": i % 1000 for i in range(50_000)}
+
+
+LABEL_ERRORS = {
+    "no label": (b"a/a.JPEG", 1, "not `directory/name.JPEG label`: 'a/a.JPEG'"),
+    "tab without label": (b"a/a.JPEG\t", 1, "not `directory/name.JPEG label`"),
+    "too many fields": (b"a/a.JPEG 1 2", 1, "not `directory/name.JPEG label`"),
+    "no name": (b"a/ 1", 1, "not `directory/name.JPEG label`"),
+    "a word": (b"a/a.JPEG cat", 1, "label 'cat' is no integer in 0..9"),
+    "a fraction": (b"a/a.JPEG 1.0", 1, "label '1.0' is no integer in 0..9"),
+    "negative": (b"a/a.JPEG -1", 1, "label '-1' is no integer in 0..9"),
+    "signed": (b"a/a.JPEG +1", 1, "label '+1' is no integer in 0..9"),
+    "another alphabet's digit": ("a/a.JPEG ٣".encode(), 1, "is no integer in 0..9"),
+    "too large": (b"a/a.JPEG 10", 1, "label '10' is no integer in 0..9"),
+    "too long for int()": (b"a/a.JPEG " + b"1" * 5000, 1, "label '111"),
+    "two labels": (b"a/a.JPEG 1\nb/b.JPEG 1\nc/a.JPEG 2", 3, "'a.JPEG' already has label 1"),
+    "line after good and blank ones": (b"a/a.JPEG 1\r\n\r\nb/b.JPEG 2\r\nc\r\n", 4, "not `directory"),
+    "Latin-1": (b"a/a.JPEG 1\nb/\xe9.JPEG 2", 2, "not text"),
+    "an image": (demo.jpeg(picture()), 1, "not text"),
+    "UTF-16": ("a/a.JPEG 1\n".encode("utf-16"), 1, "not text"),
+    "escape codes": (b"a/a.JPEG 1\n\x1b[2J", 2, "not `directory"),
+}
+
+
+@pytest.mark.parametrize("data, line, why", LABEL_ERRORS.values(), ids=LABEL_ERRORS)
+def test_label_errors_name_the_line(data, line, why):
+    with pytest.raises(imagenet.InputError) as caught:
+        imagenet.parse_labels(data, 10, "s3://b/train.txt")
+    message = str(caught.value)
+    assert message.startswith(f"s3://b/train.txt, line {line}: ") and why in message
+    assert message.isprintable() and len(message) < 200
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \r\n\n"])
+def test_label_file_without_labels(data):
+    with pytest.raises(imagenet.InputError, match="^s3://b/train.txt: holds no label"):
+        imagenet.parse_labels(data, 10, "s3://b/train.txt")
