@@ -267,6 +267,12 @@ def subtract_mean(pixels, crops, mean):
 # ---- workers
 
 
+def all_finite(arrays):
+    """Whether no float32 array holds a NaN or an infinity (or values beyond 1e18, whose squares do)."""
+    # A dot product with itself is the fastest pass that shows any.
+    return bool(np.isfinite(sum(float(np.dot(a.ravel(), a.ravel())) for a in arrays)))
+
+
 @ray.remote
 class Worker:
     """An actor: one network in its own session, in its own process, for as long as the run lasts.
@@ -304,9 +310,7 @@ class Worker:
         images = subtract_mean(pixels, crops, mean)
         y_true = one_hot(labels, self.num_classes)
         gradients, loss = self.network.compute_grad(images, y_true, keep, dropout_seed)
-        # A dot product with itself is the fastest pass that shows any NaN or infinity.
-        norm = sum(float(np.dot(g.ravel(), g.ravel())) for g in gradients)
-        return gradients, loss if np.isfinite(norm) else np.nan
+        return gradients, loss if all_finite(gradients) else np.nan
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
         """The share of a mini-batch's images whose top-1 class is right, as text such as `3.1%`."""

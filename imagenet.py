@@ -17,8 +17,15 @@ import simplejpeg
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
 from PIL import Image, ImageChops, UnidentifiedImageError
+from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 from tqdm import tqdm
 
 IMAGE_SIZE = (
@@ -34,10 +41,11 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be
 MAX_NAMED = 5  # left-out members (or keys) that a report names; the others are only counted
 
 # Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
+# A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
 _RETRYING = Config(
     connect_timeout=5,
-    read_timeout=20,
-    retries={"mode": "standard", "total_max_attempts": 8},
+    read_timeout=10,
+    retries={"mode": "standard", "total_max_attempts": 10},
     max_pool_connections=32,
 )
 _PARTS = TransferConfig(multipart_chunksize=8 * 2**20, max_concurrency=4, num_download_attempts=8)
@@ -56,9 +64,9 @@ def one_line(text):
     return " ".join(str(text).split()).encode("ascii", "backslashreplace").decode()
 
 
-def s3_resource(config=_IMPATIENT, **where):
+def s3_resource(config=None, **where):
     """A boto3 S3 resource of the ordinary AWS settings; `where` is an endpoint and region, if given."""
-    return boto3.resource("s3", config=config, **where)
+    return boto3.resource("s3", config=config or _IMPATIENT, **where)
 
 
 def s3_location():
@@ -76,10 +84,14 @@ def s3_location():
 
 def explain(error):
     """One line for an error of S3: what S3 or the network said, and what to do about it."""
+    if isinstance(error, RetriesExceededError):
+        return f"every attempt to read it broke off; {explain(error.last_exception)}"
+    if isinstance(error, S3DownloadFailedError):  # a part has another ETag than the first answer
+        return "has changed while it was read: start again with the new data"
     code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
     hint = {
         "NoSuchBucket": "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
-        "404": "there is no such object or bucket",
+        "404": "there is no such key; check --label-file",
         "NoSuchKey": "there is no such key; check --label-file",
         "AccessDenied": "access denied; check the credentials and the bucket's policy",
         "403": "access denied; check the credentials and the bucket's policy",
@@ -157,9 +169,10 @@ class S3Folder:
 @contextlib.contextmanager
 def s3_errors(bucket, key=""):
     """Turn whatever boto3 raises into an InputError that names bucket and key."""
+    transfer_errors = (RetriesExceededError, S3DownloadFailedError, S3ValidationError)
     try:
         yield
-    except (BotoCoreError, Boto3Error, ClientError, OSError, ValueError) as error:
+    except (BotoCoreError, Boto3Error, ClientError, *transfer_errors, OSError, ValueError) as error:
         place = f"{bucket}/{one_line(key)}" if key else bucket
         raise InputError(f"s3://{place}: {explain(error)}") from error
 
@@ -192,11 +205,12 @@ def estimate_images(bucket, tars):
     with s3_errors(bucket):
         objects = s3_resource().Bucket(bucket).objects
         total = sum(obj.size for obj in objects.filter(Prefix=posixpath.commonprefix(list(tars))))
-        first = s3_resource().Object(bucket, next(iter(tars)))
-        head = io.BytesIO(
-            first.get(Range="bytes=0-1048575")["Body"].read() if first.content_length else b""
-        )
-    members, _ = _members(head)
+        first, head = s3_resource().Object(bucket, next(iter(tars))), b""
+        if first.content_length:
+            # No second attempt for a body that breaks off: there is an answer without it.
+            with contextlib.suppress(IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                head = first.get(Range="bytes=0-1048575")["Body"].read()
+    members, _ = _members(io.BytesIO(head))
     if not members:
         return total // 110_000  # bytes of an average ILSVRC-2012 JPEG
     return round(total * len(members) / (members[-1].offset_data + members[-1].size))
@@ -259,11 +273,11 @@ def _load_tarfile(bucket, key, etag, size, where):
     return images, names, report
 
 
-def download(bucket, key, etag, where):
+def download(bucket, key, etag=None, where=None):
     """One object as bytes in memory (io.BytesIO); InputError if it is unreadable or has changed."""
     body = io.BytesIO()
     with s3_errors(bucket, key):
-        s3_object = s3_resource(_RETRYING, **where).Object(bucket, key)
+        s3_object = s3_resource(_RETRYING, **(where or {})).Object(bucket, key)
         s3_object.download_fileobj(body, Config=_PARTS)
         now = s3_object.e_tag
     if etag not in (None, now):
@@ -445,8 +459,7 @@ def read_labels(bucket, key, num_classes):
     Raises InputError with the line number for a line that is malformed, a label that is no integer
     or outside 0..num_classes-1, and a name that has two labels.
     """
-    with s3_errors(bucket, key):
-        data = s3_resource().Object(bucket, key).get()["Body"].read()
+    data = download(bucket, key).getvalue()
     return parse_labels(data, num_classes, f"s3://{bucket}/{one_line(key)}")
 
 

@@ -163,3 +163,11 @@ def test_room_counts_whole_workers_a_node(cluster):
     assert functions.room_for_workers(2, 0) == 1
     assert functions.room_for_workers(3, 0) == 0
     assert functions.room_for_workers(1, 1) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_all_finite_sees_any_value_that_is_not(bad):
+    arrays = [np.ones((3, 4), np.float32), np.ones(5, np.float32)]
+    assert functions.all_finite(arrays)
+    arrays[0][2, 1] = bad
+    assert not functions.all_finite(arrays)
