@@ -85,7 +85,7 @@ def s3_location():
 def explain(error):
     """One line for an error of S3: what S3 or the network said, and what to do about it."""
     if isinstance(error, RetriesExceededError):
-        return f"every attempt to read it broke off; {explain(error.last_exception)}"
+        return f"every attempt to read it broke off ({explain(error.last_exception)}): start again"
     if isinstance(error, S3DownloadFailedError):  # a part has another ETag than the first answer
         return "has changed while it was read: start again with the new data"
     code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
@@ -309,43 +309,20 @@ def decode_tar(tar, size):
 
 
 def _members(tar):
-    """The regular files that lie whole in a tar, and (name, reason) for everything else.
-
-    Goes from header to header, and block by block where there is none, so always forwards. A walk by
-    `tarfile` itself ends at some damage, and hostile headers lead it in circles, or deep down.
-    """
+    """The regular files that lie whole in a tar, and (name, reason) for everything else."""
     end = tar.seek(0, io.SEEK_END)
-    files, left_out, place, records, before = [], [], 0, {}, None
-    while place < end:
-        tar.seek(place)
-        block = tar.read(tarfile.BLOCKSIZE)
-        member = _header(block)
+    files, left_out = [], []
+    for place, member in _walk(tar, end):
         if not member:
-            now = "damage" if any(block) else "end mark"
-            if now == "damage" != before:
-                left_out.append(("the tar itself", f"damaged at byte {place}"))
-            place, records, before = place + len(block), {}, now
-            continue
-        place, before = place + len(block), "header"
-        if member.type in _EXTENDED:
-            content = tar.read(min(member.size, end - place))
-            place += _whole_blocks(member.size)
-            records = _records(member.type, content) | records  # of two, the first one counts
-            continue
-        member.name, member.offset_data = records.get("path", member.name), place
-        size = records.get("size", member.size)
-        if size is not None:
-            member.size = size
-        if size and not (member.isdir() or member.islnk() or member.issym() or member.isdev()):
-            place += _whole_blocks(size)
-        if member.type not in _REGULAR or "sparse" in records:
+            left_out.append(("the tar itself", f"damaged at byte {place}"))
+        elif member.type not in _REGULAR:
             left_out += [] if member.isdir() else [(member.name, "no regular file")]
         elif member.offset_data + member.size > end:
             left_out.append((member.name, "cut off by the end of the tar"))
         else:
             files.append(member)
-        records = {}
-    if before == "header":
+    tar.seek(max(0, end - tarfile.BLOCKSIZE))
+    if any(tar.read()):
         left_out.append(("the tar itself", "cut: its end mark is missing"))
     if not files and all(name == "the tar itself" for name, _ in left_out):
         left_out = [("the tar itself", "empty, or no tar")]
@@ -353,11 +330,48 @@ def _members(tar):
 
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE)
+_NO_DATA += (tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE)  # the latter has some, but no telling where
 # Headers of more about the next member: GNU's of long names, those of PAX; a global one names nothing.
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _EXTENDED += (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 # A record of PAX, `length key=value` and a newline, with a key that matters or another one.
 _RECORD = re.compile(rb"(\d{1,19}) (?:(path|size|GNU\.sparse\.size|GNU\.sparse\.realsize)=)?")
+
+
+def _walk(tar, end):
+    """The members of a tar as (place, TarInfo), and (place, None) where one must have been damaged.
+
+    Goes from header to header, and block by block where there is none, so always forwards. The walk of
+    `tarfile` itself ends at some damage, and hostile headers lead it in circles, or deep down.
+    """
+    place, damaged, records = 0, False, {}
+    while place < end:
+        tar.seek(place)
+        block = tar.read(tarfile.BLOCKSIZE)
+        member = _header(block)
+        if not member:
+            if any(block) and not damaged:
+                yield place, None
+            damaged, records = damaged or any(block), {}
+            place += len(block)
+            continue
+        damaged, member.offset = False, place
+        place += len(block)
+        if member.type in _EXTENDED:
+            content = tar.read(min(_whole_blocks(member.size), end - place))
+            place += _whole_blocks(member.size)
+            records = _records(member.type, content) | records  # of two, the first one counts
+            continue
+        size = records.get("size", member.size)
+        if size and member.type not in _NO_DATA:
+            place += _whole_blocks(size)
+        member.offset_data = member.offset + len(block)
+        member.name = records.get("path", member.name)
+        member.size = member.size if size is None else size
+        member.type = records.get("type", member.type)
+        records = {}
+        yield member.offset, member
 
 
 def _header(block):
@@ -374,7 +388,7 @@ def _whole_blocks(size):
 
 
 def _records(kind, content):
-    """What an extended header's content says of the next member: path, size, or that it is sparse."""
+    """What an extended header's content says of the next member's path, size and type."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.partition(b"\0")[0].decode("utf-8", "replace")}
     records, place = {}, 0
@@ -391,7 +405,7 @@ def _records(kind, content):
         elif record[2] == b"size":  # None: no number, so the next header is looked for at once
             records["size"] = int(value) if re.fullmatch(rb"\d{1,19}", value) else None
         elif record[2]:
-            records["sparse"] = True
+            records["type"] = tarfile.GNUTYPE_SPARSE
     return records
 
 

@@ -3,9 +3,9 @@
     python benchmarks/exactness.py [--repeats 9]
 
 With: the dropout mask from a fed seed, and every gradient checked to be finite (what a worker does).
-Without: TensorFlow's own dropout, which counts session runs, and no check. One thread, as a worker of one
-CPU has; mini-batches of 20. Adding gradients in a fixed order, carrying references of weights and drawing
-from seeds are the same work either way.
+Without: TensorFlow's own dropout, which counts session runs, and no check. One thread, as a worker of
+one CPU has; mini-batches of 20. Adding gradients in a fixed order, carrying references of weights and
+drawing from seeds are the same work either way.
 """
 
 import argparse

@@ -1,0 +1,126 @@
+"""An HTTP proxy in front of an S3 server that spoils the answers it is told to spoil."""
+
+import contextlib
+import dataclasses
+import http.client
+import socket
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+ERRORS = {"500": "InternalError", "503": "SlowDown"}
+
+
+@dataclasses.dataclass
+class Request:
+    """A request that came: `sent` counts the bytes of the body that it was sent."""
+
+    method: str
+    key: str
+    range: str | None
+    fault: object
+    sent: int = 0
+
+
+class FaultProxy(ThreadingHTTPServer):
+    """Passes GET and HEAD on to an S3 server, with faults; keeps a list of the `requests`.
+
+    `faults` holds, by (method, key), an iterator of what happens to each request in turn:
+
+    | fault    | the client                                                   |
+    | -------- | ------------------------------------------------------------ |
+    | None     | gets the answer                                              |
+    | "500"    | gets 500 InternalError                                       |
+    | "503"    | gets 503 SlowDown                                            |
+    | "silent" | never gets an answer                                         |
+    | "drop"   | has its connection reset without an answer                   |
+    | "reset"  | has its connection reset in the middle of the body           |
+    | "cut"    | has its connection closed in the middle of the body          |
+    | "stall"  | gets half the body and then nothing, on an open connection   |
+    | callable | gets the answer, after the call, so with what was there then |
+    """
+
+    daemon_threads = True
+
+    def __init__(self, endpoint):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.endpoint, self.url = endpoint, f"http://127.0.0.1:{self.server_port}"
+        self.faults, self.requests = {}, []
+        self.lock, self.closing = threading.Lock(), threading.Event()
+
+    def next_fault(self, method, key):
+        with self.lock:
+            return next(self.faults.get((method, key), iter(())), None)
+
+    def shutdown_request(self, request):
+        request.close()  # and no orderly end before it, so that a reset is one
+
+    def handle_error(self, request, client_address):
+        """Say nothing of clients that went away."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):  # noqa: N802, the name is BaseHTTPRequestHandler's
+        key = urlsplit(self.path).path.rpartition("/")[2]
+        fault = self.server.next_fault(self.command, key)
+        request = Request(self.command, key, self.headers["Range"], fault)
+        self.server.requests.append(request)
+        if fault in ERRORS:
+            self._error(int(fault), ERRORS[fault])
+        elif fault == "silent":
+            self.server.closing.wait()
+        elif fault != "drop":
+            self._pass_on(request)
+        if fault in ("silent", "drop", "reset", "cut", "stall"):
+            self.close_connection = True
+        if fault in ("drop", "reset"):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _pass_on(self, request):
+        """Answer as the S3 server does, up to the fault."""
+        connection = http.client.HTTPConnection(urlsplit(self.server.endpoint).netloc, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(self.command, self.path, headers=dict(self.headers))
+            answer = connection.getresponse()
+            body = answer.read()
+        if callable(request.fault):
+            request.fault()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "date", "server"):
+                self.send_header(name, value)
+        self.end_headers()
+        if request.fault in ("reset", "cut", "stall"):
+            body = body[: len(body) // 2]
+        request.sent = len(body)
+        self.wfile.write(body)
+        if request.fault == "stall":
+            self.server.closing.wait()
+
+    def _error(self, status, code):
+        body = f"<Error><Code>{code}</Code><Message>try again</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def fault_proxy(endpoint):
+    """Run a FaultProxy in front of an S3 endpoint."""
+    with FaultProxy(endpoint) as proxy:
+        threading.Thread(target=proxy.serve_forever).start()
+        try:
+            yield proxy
+        finally:
+            proxy.closing.set()
+            proxy.shutdown()
