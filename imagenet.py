@@ -331,7 +331,7 @@ def _members(tar):
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE)
-_NO_DATA += (tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE)  # the latter has some, but no telling where
+_NO_DATA += (tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE)  # which has some, but there is no telling where
 # Headers of more about the next member: GNU's of long names, those of PAX; a global one names nothing.
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _EXTENDED += (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
@@ -363,13 +363,12 @@ def _walk(tar, end):
             place += _whole_blocks(member.size)
             records = _records(member.type, content) | records  # of two, the first one counts
             continue
-        size = records.get("size", member.size)
-        if size and member.type not in _NO_DATA:
-            place += _whole_blocks(size)
-        member.offset_data = member.offset + len(block)
-        member.name = records.get("path", member.name)
-        member.size = member.size if size is None else size
+        member.name, member.offset_data = records.get("path", member.name), place
         member.type = records.get("type", member.type)
+        size = records.get("size", member.size)
+        if size is not None:
+            member.size = size
+            place += 0 if member.type in _NO_DATA else _whole_blocks(size)
         records = {}
         yield member.offset, member
 

@@ -23,6 +23,7 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -333,10 +334,8 @@ def check_tar(data):
         findings.append(f"images are {images.dtype} {images.shape}")
     if not (names or left_out):
         findings.append("nothing is kept and nothing is left out")
-    if any("/" in name for name in names):
-        findings.append("a name is no base name")
-    for name in names:
-        name.encode()  # Ray serializes names as UTF-8
+    if any("/" in name or name.encode(errors="replace").decode() != name for name in names):
+        findings.append("a name is no base name, or no text")
     for name, reason in left_out:
         if not (isinstance(name, str) and reason.isprintable() and len(reason) < 200):
             findings.append(f"left out {name!r} because of {reason!r}")
@@ -348,8 +347,7 @@ ORDINARY_NAME = re.compile(r"n\d\.JPEG")  # others may come from a header that i
 
 def intact_members(data):
     """What tarfile reaches of the intact images, as pairs of base name and pixels."""
-    pixels = {image: digest(imagenet.decode_image(image, SIZE)) for image in intact_images()}
-    reached, last = [], -1
+    pixels, reached, last = intact_pixels(), [], -1
     try:
         options = {"encoding": "utf-8", "errors": "replace"}
         archive = tarfile.open(fileobj=io.BytesIO(data), mode="r:", ignore_zeros=True, **options)  # noqa: SIM115
@@ -361,6 +359,12 @@ def intact_members(data):
     except Exception:  # tarfile goes no further: what it has reached counts
         pass
     return reached
+
+
+@functools.cache
+def intact_pixels():
+    """A digest of the pixels of each intact image: a dict by its bytes."""
+    return {image: digest(imagenet.decode_image(image, SIZE)) for image in intact_images()}
 
 
 def digest(image):
@@ -433,8 +437,8 @@ def serve(connection, attempt, seed, numbers, cpu_seconds):
 
     sys.addaudithook(audit)
     check_image(intact_images()[0])  # starts OpenCV's threads and Pillow's parsers
-    with open("/proc/self/statm") as statm:  # noqa: PTH123
-        memory = int(statm.read().split()[0]) * resource.getpagesize() + MEMORY
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    memory = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -450,7 +454,7 @@ def serve(connection, attempt, seed, numbers, cpu_seconds):
             where = traceback.extract_tb(error.__traceback__)[-1]
             findings = [f"{type(error).__name__}: {error} in {where.name}, line {where.lineno}"]
         trying = False
-        connection.send([f"{finding[:300]}" for finding in findings + written])
+        connection.send([finding[:300] for finding in findings + written])
 
 
 def run(inputs, seed, attempt=attempt):

@@ -1,5 +1,6 @@
 """A share of the fuzzer's inputs, and the proof that it finds what it looks for."""
 
+import io
 import os
 import signal
 import time
@@ -15,6 +16,36 @@ import imagenet
 
 def test_a_share_of_the_inputs():
     assert fuzz.run(inputs=1_000, seed=0) == []
+
+
+PHOTO = demo.jpeg(demo.draw_image(0, np.random.default_rng(0)))
+IMAGE = fuzz.member(b"n0.JPEG", PHOTO)
+SPARSE = {"at386": fuzz.number_field(0) * 2, "at482": b"\1", "at483": fuzz.number_field(0)}
+MENDED = {
+    "negative size": fuzz.header(b"x", -512) + IMAGE,
+    "size that is no number": fuzz.member(b"x", fuzz.record(b"size", b"-512"), b"x") + IMAGE,
+    "negative size beyond any index": IMAGE + fuzz.header(b"x", -(2**87)),
+    "cut header of a sparse file": IMAGE + fuzz.header(b"x", 0, b"S", **SPARSE),
+    "long name of a damaged member": fuzz.member(b"x", b"long", b"L") + b"x" * 512 + IMAGE,
+    "20,000 headers of one member": fuzz.header(b"x", 0, b"L") * 20_000 + IMAGE,
+    "a million digits": fuzz.member(b"x", b"1" * 10**6, b"x") + IMAGE,
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("tar", MENDED.values(), ids=MENDED)
+def test_tar_that_once_was_a_finding(tar):
+    """Each made decode_tar raise, hang, or lose the image."""
+    _, names, left_out = imagenet.decode_tar(io.BytesIO(tar), fuzz.SIZE)
+    assert len(names) == 1 and left_out
+
+
+def test_jpeg_of_too_many_scans():
+    image = fuzz.encode(demo.draw_image(0, np.random.default_rng(0)), "JPEG", progressive=True)
+    assert fuzz.check_image(image) == []
+    last_scan = image[image.rindex(b"\xff\xda") : -2]
+    with pytest.raises(imagenet.ImageError, match="too many scans"):
+        imagenet.decode_image(image[:-2] + last_scan * imagenet.MAX_SCANS + image[-2:], fuzz.SIZE)
 
 
 PLANTED = [  # what an input does, and the finding that it must lead to
