@@ -92,8 +92,20 @@ class AlexNet:
     `assignment` (initial or new weights) as well as `application` (gradients).
     """
 
-    def __init__(self, layers=LAYERS, num_classes=1000, momentum=0.9, weight_decay=5e-4, threads=0):
-        """Build the graph and open its session; `threads` limits it (0: as many as there are CPUs)."""
+    def __init__(
+        self,
+        layers=LAYERS,
+        num_classes=1000,
+        momentum=0.9,
+        weight_decay=5e-4,
+        threads=0,
+        precision="float32",
+    ):
+        """Build the graph and open its session; `threads` limits it (0: as many as there are CPUs).
+
+        `precision` "bfloat16" has oneDNN do convolutions and matrix products in it; what goes in and
+        comes out stays float32.
+        """
         graph = tf.Graph()
         with graph.as_default():
             self._build(layers, num_classes, momentum, weight_decay)
@@ -102,6 +114,9 @@ class AlexNet:
             inter_op_parallelism_threads=1,
             gpu_options=tf.GPUOptions(allow_growth=True),
         )
+        rewrites = config.graph_options.rewrite_options
+        if precision == "bfloat16":
+            rewrites.auto_mixed_precision_onednn_bfloat16 = rewrites.ON
         with _silent_start():
             self.sess = tf.Session(graph=graph, config=config)
         graph.finalize()

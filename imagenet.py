@@ -1,6 +1,7 @@
 """ImageNet in S3: listing the tars, downloading and decoding them, the label file."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ import numpy as np
 import ray
 import simplejpeg
 from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import TransferConfig
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -26,6 +27,7 @@ from botocore.exceptions import (
 )
 from PIL import Image, ImageChops, UnidentifiedImageError
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
+from s3transfer.subscribers import BaseSubscriber
 from tqdm import tqdm
 
 IMAGE_SIZE = (
@@ -42,11 +44,13 @@ MAX_NAMED = 5  # left-out members (or keys) that a report names; the others are 
 
 # Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
 # A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
+# "when_required" saves a HEAD request an object, which costs as much as decoding a photo.
 _RETRYING = Config(
     connect_timeout=5,
     read_timeout=10,
     retries={"mode": "standard", "total_max_attempts": 10},
     max_pool_connections=32,
+    response_checksum_validation="when_required",
 )
 _PARTS = TransferConfig(multipart_chunksize=8 * 2**20, max_concurrency=4, num_download_attempts=8)
 # The driver's own few requests fail within a minute when nothing answers.
@@ -61,7 +65,7 @@ class InputError(Exception):
 
 def one_line(text):
     """Any text on one printable ASCII line: names from tars can hold newlines and escape codes."""
-    return " ".join(str(text).split()).encode("ascii", "backslashreplace").decode()
+    return re.sub("[^ -~]", lambda char: ascii(char[0])[1:-1], " ".join(str(text).split()))
 
 
 def s3_resource(config=None, **where):
@@ -86,8 +90,8 @@ def explain(error):
     """One line for an error of S3: what S3 or the network said, and what to do about it."""
     if isinstance(error, RetriesExceededError):
         return f"every attempt to read it broke off ({explain(error.last_exception)}): start again"
-    if isinstance(error, S3DownloadFailedError):  # a part has another ETag than the first answer
-        return "has changed while it was read: start again with the new data"
+    if isinstance(error, S3DownloadFailedError):  # it has another ETag than listed
+        return "has changed since it was listed: start again with the new data"
     code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
     hint = {
         "NoSuchBucket": "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
@@ -277,15 +281,26 @@ def download(bucket, key, etag=None, where=None):
     """One object as bytes in memory (io.BytesIO); InputError if it is unreadable or has changed."""
     body = io.BytesIO()
     with s3_errors(bucket, key):
-        s3_object = s3_resource(_RETRYING, **(where or {})).Object(bucket, key)
-        s3_object.download_fileobj(body, Config=_PARTS)
-        now = s3_object.e_tag
-    if etag not in (None, now):
-        raise InputError(
-            f"s3://{bucket}/{one_line(key)} has changed since it was listed "
-            f"(ETag {etag}, now {now}): start again with the new data"
-        )
+        with create_transfer_manager(_retrying_client(**(where or s3_location())), _PARTS) as transfers:
+            get = transfers.download(bucket, key, body, subscribers=[_OnlyIf(etag)])
+        get.result()
     return body
+
+
+@functools.cache
+def _retrying_client(**where):
+    return s3_resource(_RETRYING, **where).meta.client
+
+
+class _OnlyIf(BaseSubscriber):
+    """Has a transfer fetch only an object that has this ETag."""
+
+    def __init__(self, etag):
+        self._etag = etag
+
+    def on_queued(self, future, **_):
+        if self._etag:
+            future.meta.provide_object_etag(self._etag)
 
 
 def decode_tar(tar, size):
@@ -509,4 +524,4 @@ def parse_labels(data, num_classes, place):
 
 def shorten(text):
     """At most 60 characters of a text, quoted, on one line."""
-    return repr(one_line(text)[:60])
+    return f"'{one_line(text)[:60]}'"

@@ -36,7 +36,9 @@ def s3():
 def cluster(s3):
     """A Ray of 2 CPUs, started after the S3 server so that its processes have the environment."""
     os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
-    driver.connect(num_cpus=2, object_store_memory=500 * 2**20)
+    # Ray ends processes that are idle for a second; here they stay for the next test.
+    warm = {"idle_worker_killing_time_threshold_ms": 600_000}
+    driver.connect(num_cpus=2, object_store_memory=500 * 2**20, _system_config=warm)
     yield
     ray.shutdown()
 
@@ -49,12 +51,16 @@ def bucket(s3):
     return name
 
 
+def thin_constants(patch):
+    patch.setattr(driver, "LAYERS", THIN)
+    patch.setattr(driver, "NUM_CLASSES", 10)
+    patch.setattr(driver, "ACCURACY_EVERY", 2)
+
+
 @pytest.fixture
 def thin(monkeypatch):
     """driver.py with the thin network, 10 classes and an accuracy every second iteration."""
-    monkeypatch.setattr(driver, "LAYERS", THIN)
-    monkeypatch.setattr(driver, "NUM_CLASSES", 10)
-    monkeypatch.setattr(driver, "ACCURACY_EVERY", 2)
+    thin_constants(monkeypatch)
     return driver
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from conftest import checksums, train
+from conftest import checksums, thin_constants, train
 from ray.cluster_utils import Cluster
 from thin_driver import fingerprint
 
@@ -23,16 +23,39 @@ import demo
 import functions
 import imagenet
 
-ITERATIONS = 60
+ITERATIONS = 30
 
 
 @pytest.fixture(scope="module")
-def undisturbed(s3, photos, tmp_path_factory):
+def undisturbed(cluster, photos, tmp_path_factory):
     """Checksums after ITERATIONS of a run that nothing disturbs, with 2 mini-batches an iteration."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    with thin_driver(photos, folder) as run:
-        assert run.wait() == 0, run.output()
+    with pytest.MonkeyPatch.context() as patch:
+        thin_constants(patch)
+        assert train_here(photos, folder) == 0
     return checksums(folder)
+
+
+def train_here(bucket, folder, iterations=ITERATIONS):
+    """driver.py in this process, on the session's Ray."""
+    return train(bucket, "--iterations", iterations, "--checkpoint-dir", folder)
+
+
+def at_iteration(monkeypatch, number, act):
+    """Have `act` called when an iteration tells the workers to load its weights."""
+    update = functions.Workers.update_weights
+
+    def spy(self, iteration, weightrefs):
+        if iteration == number:
+            act()
+        update(self, iteration, weightrefs)
+
+    monkeypatch.setattr(functions.Workers, "update_weights", spy)
+
+
+def in_a_thread(function, *arguments):
+    """What starts a thread."""
+    return lambda: threading.Thread(target=function, args=arguments).start()
 
 
 class Run:
@@ -123,49 +146,62 @@ def test_worker_killed_around_update_weights(
             victim.kill()
 
     monkeypatch.setattr(functions.Workers, "update_weights", with_a_death)
-    assert train(photos, "--iterations", ITERATIONS, "--checkpoint-dir", tmp_path) == 0
+    assert train_here(photos, tmp_path) == 0
     assert "is lost" in capsys.readouterr().out
     assert checksums(tmp_path) == undisturbed
 
 
-def test_worker_killed_in_compute_grad(photos, undisturbed, tmp_path):
-    with thin_driver(photos, tmp_path) as run:
-        run.wait_for("Iteration 1: loss")
-        hit_one_computing(run.pid, signal.SIGKILL)
-        assert run.wait() == 0, run.output()
-    assert "is lost" in run.output()
+def test_worker_killed_in_compute_grad(
+    thin, cluster, photos, undisturbed, tmp_path, monkeypatch, capsys
+):
+    kill = in_a_thread(hit_one_computing, os.getpid(), signal.SIGKILL)
+    at_iteration(monkeypatch, 2, kill)
+    assert train_here(photos, tmp_path) == 0
+    assert "is lost" in capsys.readouterr().out
     assert checksums(tmp_path) == undisturbed
 
 
-def test_worker_that_hangs_is_replaced(photos, undisturbed, tmp_path):
-    with thin_driver(photos, tmp_path, "WORKER_TIMEOUT=8") as run:
-        run.wait_for("Iteration 1: loss")
-        stopped = hit_one_computing(run.pid, signal.SIGSTOP)
-        assert run.wait() == 0, run.output()
-        stopped.wait(30)  # it is gone, not left behind stopped
-    assert "is lost (no answer in 8 s)" in run.output()
+def test_worker_that_hangs_is_replaced(
+    thin, cluster, photos, undisturbed, tmp_path, monkeypatch, capsys
+):
+    stopped = []
+    at_iteration(
+        monkeypatch,
+        2,
+        in_a_thread(lambda: stopped.append(hit_one_computing(os.getpid(), signal.SIGSTOP))),
+    )
+    monkeypatch.setattr(thin, "WORKER_TIMEOUT", 6)
+    assert train_here(photos, tmp_path) == 0
+    assert "is lost (no answer in 6 s)" in capsys.readouterr().out
+    stopped[0].wait(30)  # it is gone, not left behind stopped
     assert checksums(tmp_path) == undisturbed
 
 
-def test_crashes_in_a_row_end_the_run_with_one_line(photos, tmp_path):
-    with thin_driver(photos, tmp_path) as run:
-        run.wait_for("Iteration 1: loss")
-        with contextlib.suppress(psutil.Error):
-            while run._process.poll() is None:
-                for process in workers_of(run.pid):
-                    process.kill()
-        assert run.wait() == 2
-    assert len(re.findall("^error: .*", run.output(), re.M)) == 1
-    assert "Traceback" not in run.output()
+def test_crashes_in_a_row_end_the_run_with_one_line(
+    thin, cluster, photos, tmp_path, monkeypatch, capsys
+):
+    ended = threading.Event()
+
+    def kill_all():
+        while not ended.wait(0.01):
+            for process in workers_of(os.getpid()):
+                process.kill()
+
+    at_iteration(monkeypatch, 2, in_a_thread(kill_all))
+    try:
+        assert train_here(photos, tmp_path) == 2
+    finally:
+        ended.set()
+    assert re.fullmatch("error: .*\n", capsys.readouterr().err)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes(s3):
     """A cluster of two nodes of one CPU each, with object stores of their own."""
     size = {"num_cpus": 1, "object_store_memory": 300 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=size)
-    cluster.second = cluster.add_node(**size)
-    cluster.add_second = lambda: cluster.add_node(**size)
+    cluster.add_second = lambda: setattr(cluster, "second", cluster.add_node(**size))
+    cluster.add_second()
     yield cluster
     cluster.shutdown()
 
@@ -188,60 +224,56 @@ def test_node_killed(nodes, photos, undisturbed, contents, tmp_path, moment):
     with thin_driver(photos, tmp_path, "WORKER_WAIT=60", address=nodes.address) as run:
         run.wait_for(moment)
         nodes.remove_node(nodes.second, allow_graceful=False)
-        if not moment.startswith("Iteration"):  # the run has not started: it waits for both workers
-            nodes.add_second()
+        nodes.add_second()
         assert run.wait() == 0, run.output()
     fingerprints = re.findall(r"^\d+ images: \w{64}$", run.output(), re.M)
     assert set(fingerprints) == {contents} and len(fingerprints) >= 3
     assert checksums(tmp_path) == undisturbed
 
 
-def test_run_goes_on_when_a_worker_cannot_come_back(nodes, photos, tmp_path):
-    with thin_driver(photos, tmp_path / "a", iterations=300, address=nodes.address) as run:
+def test_run_goes_on_when_a_worker_cannot_come_back(nodes, photos, undisturbed, tmp_path):
+    with thin_driver(photos, tmp_path, "ALL_UP_AT=20", address=nodes.address) as run:
         run.wait_for("Iteration 1: loss")
         nodes.remove_node(nodes.second, allow_graceful=False)
-        run.wait_for("1 of 2 go on")
+        run.wait_for("Iteration 15: loss")
+        assert "1 of 2 go on" in run.output() and "is back" not in run.output()
         nodes.add_second()
-        run.wait_for("is back: 2 of 2")
         assert run.wait() == 0, run.output()
-    with thin_driver(photos, tmp_path / "b", iterations=300) as run:
-        assert run.wait() == 0, run.output()
-    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+    assert "is back: 2 of 2" in run.output()
+    assert checksums(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("moment", ["Loading: 3 of 10", "Iteration 23: loss"])
-def test_driver_killed_resumes_to_the_same_weights(photos, undisturbed, tmp_path, moment):
+@pytest.mark.parametrize("moment", ["Loading: 3 of 10", "Iteration 13: loss"])
+def test_driver_killed_resumes_to_the_same_weights(
+    thin, cluster, photos, undisturbed, tmp_path, monkeypatch, capsys, moment
+):
     with thin_driver(photos, tmp_path, "CHECKPOINT_EVERY=1") as run:  # it is always saving
         run.wait_for(moment)
         run.kill()
     for leftover in ("ckpt-99.data-00000-of-00001.tempstate123", "ckpt-99.data-00000-of-00001"):
         (tmp_path / leftover).write_bytes(b"half a save")
     # One worker computes both mini-batches of an iteration, as on a smaller cluster.
-    with thin_driver(photos, tmp_path, "NUM_WORKERS=" + ("1" if "loss" in moment else "2")) as run:
-        assert run.wait() == 0, run.output()
-    assert ("Resumed from" in run.output()) == ("loss" in moment)
+    monkeypatch.setattr(thin, "NUM_WORKERS", 1 if "loss" in moment else 2)
+    assert train_here(photos, tmp_path) == 0
+    assert ("Resumed from" in capsys.readouterr().out) == ("loss" in moment)
     assert checksums(tmp_path) == undisturbed
 
 
-def test_interrupt_saves_and_the_run_resumes_from_s3(photos, bucket, undisturbed, tmp_path):
+def test_interrupt_saves_and_the_run_resumes_from_s3(
+    thin, cluster, photos, bucket, undisturbed, tmp_path, monkeypatch, capsys
+):
     place = f"s3://{bucket}/runs/1"
-    with thin_driver(photos, place, iterations=100_000) as run:
-        run.wait_for("Iteration 3: loss")
-        os.kill(run.pid, signal.SIGTERM)
-        assert run.wait() == 143, run.output()
-        assert "Traceback" not in run.output()
-    saved = int(re.search(r"Iteration (\d+) is saved", run.output())[1])
-    assert saved > 3
-    with thin_driver(photos, place, iterations=saved + 2) as run:
-        assert run.wait() == 0, run.output()
-    assert f"Resumed from {place} at iteration {saved}" in run.output()
+    at_iteration(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train_here(photos, place, 100_000) == 143
+    output = capsys.readouterr()
+    assert "Iteration 6 is saved" in output.out and "Traceback" not in output.err
+    assert train_here(photos, place) == 0
+    assert f"Resumed from {place} at iteration 6" in capsys.readouterr().out
     for key in ("data-00000-of-00001", "index"):
-        name = f"ckpt-{saved + 2}.{key}"
+        name = f"ckpt-{ITERATIONS}.{key}"
         imagenet.S3Folder(place).download(name, tmp_path / name)
     imagenet.S3Folder(place).download("checkpoint", tmp_path / "checkpoint")
-    with thin_driver(photos, tmp_path / "whole", iterations=saved + 2) as run:
-        assert run.wait() == 0
-    assert checksums(tmp_path) == checksums(tmp_path / "whole")
+    assert checksums(tmp_path) == undisturbed
 
 
 def test_second_interrupt_stops_at_once_and_leaves_nothing_running(photos, tmp_path):
@@ -258,27 +290,26 @@ def test_second_interrupt_stops_at_once_and_leaves_nothing_running(photos, tmp_p
         assert worker not in alive and not alive
 
 
-def test_loss_that_is_not_finite_ends_the_run(photos, tmp_path):
-    with thin_driver(photos, tmp_path, "LEARNING_RATE=1e30", "CHECKPOINT_EVERY=1") as run:
-        assert run.wait() == 2, run.output()
-    errors = re.findall("^error: .*", run.output(), re.M)
-    assert len(errors) == 1
-    assert re.match(
-        r"error: iteration \d+: loss or gradient .* worker \d+: lower LEARNING_RATE", errors[0]
+def test_loss_that_is_not_finite_ends_the_run(thin, cluster, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(thin, "LEARNING_RATE", 1e30)
+    monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 1)
+    assert train_here(photos, tmp_path) == 2
+    assert re.fullmatch(
+        r"error: iteration \d+: loss or gradient .* worker \d+: lower LEARNING_RATE\n",
+        capsys.readouterr().err,
     )
 
 
-def test_tar_that_changes_after_it_was_listed_is_noticed(s3, photos, bucket, tmp_path):
+def test_tar_that_changes_after_it_was_listed_is_noticed(
+    thin, cluster, s3, photos, bucket, tmp_path, capsys
+):
     s3.copy({"Bucket": photos, "Key": "train.txt"}, bucket, "train.txt")
     for key in imagenet.list_tars(photos, "")[0]:
         s3.copy({"Bucket": photos, "Key": key}, bucket, key)
-    with thin_driver(bucket, tmp_path) as run:
-        assert run.wait() == 0, run.output()
-    s3.copy({"Bucket": photos, "Key": key}, bucket, imagenet.list_tars(bucket, "")[0].popitem()[0])
+    assert train_here(bucket, tmp_path, 1) == 0
     s3.put_object(Bucket=bucket, Key=key, Body=demo.make_tar({"n1500000_0.JPEG": b"changed"}))
-    with thin_driver(bucket, tmp_path) as run:  # a resume would read other images
-        assert run.wait() == 2, run.output()
-    assert re.search(r"^error: .*different are tars", run.output(), re.M)
+    assert train_here(bucket, tmp_path, 2) == 2  # a resume would read other images
+    assert re.search(r"^error: .*different are tars", capsys.readouterr().err, re.M)
 
 
 @pytest.fixture(scope="module")
@@ -288,18 +319,16 @@ def many(s3):
     return "many"
 
 
-def test_data_larger_than_the_object_store_spills(many, tmp_path):
-    nodes = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 2**20}
-    )
+def test_data_larger_than_the_object_store_spills(thin, cluster, many, tmp_path):
+    size = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args=size)
     try:
-        with thin_driver(many, tmp_path / "a", address=nodes.address) as run:
+        with thin_driver(many, tmp_path / "a", iterations=10, address=nodes.address) as run:
             assert run.wait() == 0, run.output()
     finally:
         nodes.shutdown()
     assert re.search("About [56]\\d\\d images: 0.1 GB .* 0.0 GB goes to disk", run.output())
-    with thin_driver(many, tmp_path / "b") as run:
-        assert run.wait() == 0, run.output()
+    assert train_here(many, tmp_path / "b", 10) == 0
     assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
 
 
@@ -329,6 +358,7 @@ def test_memory_stays_flat_over_1000_iterations(thin, cluster, photos, monkeypat
 
     monkeypatch.setattr(functions.Helpers, "draw_minibatches", spy)
     monkeypatch.setattr(thin, "ACCURACY_EVERY", 10)
+    monkeypatch.setattr(thin, "MINI_BATCH", 4)
     assert train(photos, "--iterations", 1001) == 0
     (early, early_free), (late, late_free) = seen[100], seen[1000]
     assert len(early) == len(late) == 3

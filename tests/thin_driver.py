@@ -24,18 +24,28 @@ def fingerprint(images, labels):
 
 
 def print_fingerprint(self, batches, size, count, seed, iteration):
-    """Helpers.draw_minibatches, which prints what the object store holds every 20 iterations."""
-    if iteration % 20 == 0:
+    """Helpers.draw_minibatches, which prints what the object store holds every 10 iterations."""
+    if iteration % 10 == 0:
         images = [image for batch in batches for image in ray.get(batch.images)]
         labels = [label for batch in batches for label in ray.get(batch.labels)]
         print(f"{len(images)} images: {fingerprint(images, labels)}")
     return draw_minibatches(self, batches, size, count, seed, iteration)
 
 
+def update_all_weights(self, iteration, weightrefs):
+    """Workers.update_weights, which waits until all workers are up once, at iteration ALL_UP_AT."""
+    while iteration == driver.ALL_UP_AT and self._starting:
+        self._admit(timeout=60)
+    update_weights(self, iteration, weightrefs)
+
+
 draw_minibatches = functions.Helpers.draw_minibatches
+update_weights = functions.Workers.update_weights
 
 if __name__ == "__main__":
     functions.Helpers.draw_minibatches = print_fingerprint
+    functions.Workers.update_weights = update_all_weights
+    driver.ALL_UP_AT = None
     driver.LAYERS, driver.NUM_CLASSES, driver.ACCURACY_EVERY = THIN, 10, 5
     settings = [argument for argument in sys.argv[1:] if argument.split("=")[0].isupper()]
     for name, value in (setting.split("=", 1) for setting in settings):
