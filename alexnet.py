@@ -5,6 +5,7 @@ operations are built once and the graph is frozen, so that no step can make it g
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -85,6 +86,17 @@ def initial_weights(layers, num_classes, std, rng):
     ]
 
 
+def keep_memory():
+    """Have malloc keep what is freed for the next step instead of giving it back to the system.
+
+    A step takes and frees some 500 MB; new pages for it can cost more than what is computed on them.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no memory outside the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays
+
+
 class AlexNet:
     """The network, its session and the operations that the driver and the workers run.
 
@@ -92,15 +104,7 @@ class AlexNet:
     `assignment` (initial or new weights) as well as `application` (gradients).
     """
 
-    def __init__(
-        self,
-        layers=LAYERS,
-        num_classes=1000,
-        momentum=0.9,
-        weight_decay=5e-4,
-        threads=0,
-        precision="float32",
-    ):
+    def __init__(self, layers=LAYERS, num_classes=1000, momentum=0.9, threads=0, precision="float32"):
         """Build the graph and open its session; `threads` limits it (0: as many as there are CPUs).
 
         `precision` "bfloat16" has oneDNN do convolutions and matrix products in it; what goes in and
@@ -108,7 +112,7 @@ class AlexNet:
         """
         graph = tf.Graph()
         with graph.as_default():
-            self._build(layers, num_classes, momentum, weight_decay)
+            self._build(layers, num_classes, momentum)
         config = tf.ConfigProto(
             intra_op_parallelism_threads=threads,
             inter_op_parallelism_threads=1,
@@ -158,11 +162,11 @@ class AlexNet:
         self.sess.run(self._restoration, feed)
 
     def apply(self, gradients, learning_rate):
-        """One step of SGD with momentum and weight decay on gradients, one for each parameter."""
+        """One step of SGD with momentum on gradients, one for each parameter."""
         feed = dict(zip(self.placeholders, gradients, strict=True))
         self.sess.run(self.application, feed | {self.learning_rate: learning_rate})
 
-    def _build(self, layers, num_classes, momentum, weight_decay):
+    def _build(self, layers, num_classes, momentum):
         shapes = weight_shapes(layers, num_classes)
         self.images = tf.placeholder(tf.float32, [None, IMAGE_SIZE, IMAGE_SIZE, 3], "images")
         self.y_true = tf.placeholder(tf.float32, [None, num_classes], "y_true")
@@ -186,8 +190,7 @@ class AlexNet:
 
         optimizer = tf.train.MomentumOptimizer(self.learning_rate, momentum)
         self.compgrads = optimizer.compute_gradients(self.loss, self.parameters)
-        decayed = [(p + weight_decay * v if len(v.shape) > 1 else p, v) for p, v in pairs]
-        self.application = optimizer.apply_gradients(decayed)
+        self.application = optimizer.apply_gradients(pairs)
         self.initializer = tf.variables_initializer(optimizer.variables())
         self._state = {v.op.name: v for v in [*self.parameters, *optimizer.variables()]}
         self._loads = {name: tf.placeholder(tf.float32, v.shape) for name, v in self._state.items()}

@@ -38,6 +38,7 @@ CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration
 LEARNING_RATE = 0.0025  # step size; the paper's 0.01 is for mini-batches of 128 images
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
 WEIGHT_DECAY = 5e-4  # pull of the kernels towards zero, added to the mean gradient (paper, section 5)
+PRECISION = None  # of products: "float32" or "bfloat16"; None: the faster one on the CPUs found
 KEEP_PROBABILITY = 0.5  # of a unit, in dropout after the first two fully connected layers
 INITIAL_WEIGHTS = "he"  # "he", or a standard deviation; the write-up's 0.1 learns nothing
 NUM_CLASSES = 1000  # labels are 0..NUM_CLASSES-1
@@ -70,7 +71,9 @@ def train(args, stop, joined):
     same = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS", "tars", "labels"]
     state, facts = checkpoints.resume(run, same) if checkpoints else (None, None)
     num_workers = NUM_WORKERS or max(1, functions.room_for_workers(CPUS_PER_WORKER, GPUS_PER_WORKER))
-    iteration, mini_batches = (facts["iteration"], facts["mini_batches"]) if facts else (0, num_workers)
+    facts = facts or {"iteration": 0, "mini_batches": num_workers, "precision": None}
+    iteration, mini_batches = facts["iteration"], facts["mini_batches"]
+    precision = PRECISION or facts["precision"] or functions.fastest_precision(GPUS_PER_WORKER)
 
     # AlexNet: a local network, which is trained, and one in each worker; they start while data loads.
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
@@ -78,12 +81,13 @@ def train(args, stop, joined):
     workers = functions.Workers(
         min(num_workers, mini_batches),
         {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER},
-        network | {"threads": CPUS_PER_WORKER},
+        network | {"threads": CPUS_PER_WORKER, "precision": precision},
         helpers,
         timeout=WORKER_TIMEOUT,
         cluster_can_grow=joined,
     )
-    local = alexnet.AlexNet(**network, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    alexnet.keep_memory()
+    local = alexnet.AlexNet(**network, momentum=MOMENTUM)
     if state:
         local.restore(state)
     else:
@@ -110,7 +114,8 @@ def train(args, stop, joined):
 
     workers.wait(WORKER_WAIT)
     print(
-        f"{workers.count} workers; an iteration is {mini_batches} mini-batches of {MINI_BATCH} images"
+        f"{workers.count} workers; an iteration is {mini_batches} mini-batches of {MINI_BATCH} images, "
+        f"in {precision}"
     )
     if state:
         print(f"Resumed from {args.checkpoint_dir} at iteration {iteration}")
@@ -131,10 +136,10 @@ def train(args, stop, joined):
 
         # A gradient from each random mini-batch; the next ones are drawn meanwhile.
         upcoming = draw(iteration + 1)
-        gradients, losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
+        losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
 
-        # The mean gradient trains the local network.
-        local.apply(workers.mean_gradients(gradients), LEARNING_RATE)
+        # Their mean, plus weight decay, trains the local network.
+        local.apply(workers.mean_gradients(WEIGHT_DECAY), LEARNING_RATE)
 
         seconds = time.perf_counter() - start
         speed = mini_batches * MINI_BATCH / seconds
@@ -144,7 +149,7 @@ def train(args, stop, joined):
 
         done = stop.signum or iteration == args.iterations
         if checkpoints and (done or iteration % CHECKPOINT_EVERY == 0):
-            facts = {"iteration": iteration, "mini_batches": mini_batches, "run": run}
+            facts |= {"iteration": iteration, "precision": precision, "run": run}
             checkpoints.save(iteration, local.state(), facts)
 
     if checkpoints:

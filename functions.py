@@ -4,9 +4,12 @@ Everything random is drawn from a seed that is an argument: a task that runs aga
 object, gives the same object.
 """
 
+import os
 import time
 import zlib
 from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -31,6 +34,8 @@ WORKER_SLICES = 2
 CRASHES_IN_A_ROW = 3  # of one mini-batch, or of workers that start, before the run gives up
 
 NO_LABEL = -1
+
+BLOCK = 2**19  # floats that are computed on at once: a few such blocks stay in the cache
 
 # References to images uint8 [n, 256, 256, 3] and labels int32 [n] in the object store; count is n.
 Batch = namedtuple("Batch", "images labels count")
@@ -202,16 +207,19 @@ class Helpers:
     """One Helper on each node that needs one, so that large objects are used where they lie."""
 
     def __init__(self):
+        self.here = ray.get_runtime_context().get_node_id()
         self._on = {}  # node id -> Helper
 
-    def at(self, *refs):
-        """The helper on a node that holds the first of these objects whose place is known."""
-        places = get_object_locations(list(refs))
-        nodes = [node for ref in refs for node in places[ref]["node_ids"]]
-        node = nodes[0] if nodes else ray.get_runtime_context().get_node_id()
+    def at(self, ref):
+        """The helper on a node that holds an object, or on this one if that is not known."""
+        nodes = get_object_locations([ref])[ref]["node_ids"]
+        return self.on(nodes[0] if nodes else self.here)
+
+    def on(self, node):
+        """The helper on a node."""
         if node not in self._on:
-            here = NodeAffinitySchedulingStrategy(node, soft=True)
-            self._on[node] = Helper.options(scheduling_strategy=here).remote()
+            there = NodeAffinitySchedulingStrategy(node, soft=True)
+            self._on[node] = Helper.options(scheduling_strategy=there).remote()
         return self._on[node]
 
     def draw_minibatches(self, batches, size, count, seed, iteration):
@@ -229,18 +237,51 @@ class Helpers:
         batch = random_batch(batches, seed, "accuracy", iteration)
         return self.at(batch.images).draw_minibatch.remote(batch.images, batch.labels, size)
 
-    def mean_gradients(self, gradients):
-        """The mean of sets of gradients, variable by variable, from a list of references to the sets.
+    def add_gradients(self, gradients, nodes):
+        """Sets of gradients, added up to two or one, as values; from references and where they lie.
 
         Sets are added two by two in the order of the list, a fixed tree: the same floats wherever they
-        lie.
+        lie. Each sum is formed where its second part lies, and one set at most comes from elsewhere to
+        this node, if the sets of this node come first.
         """
-        count = len(gradients)
-        while len(gradients) > 2:
-            pairs = [gradients[i : i + 2] for i in range(0, len(gradients), 2)]
-            gradients = [self.at(*p).add_gradients.remote(*p) if len(p) == 2 else p[0] for p in pairs]
-        sets = ray.get(gradients)
-        return [sum(grads[1:], start=grads[0]) / np.float32(count) for grads in zip(*sets, strict=True)]
+        sets = list(zip(gradients, nodes, strict=True))
+        while len(sets) > 2 or (len(sets) == 2 and self.here not in (sets[0][1], sets[1][1])):
+            pairs = [sets[i : i + 2] for i in range(0, len(sets), 2)]
+            sets = [self._add(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+        return ray.get([gradients for gradients, _ in sets])
+
+    def _add(self, first, second):
+        (a, _), (b, node) = first, second
+        return self.on(node).add_gradients.remote(a, b), node
+
+
+def mean_of(sets, count, weights, decay, means):
+    """Write the mean of `count` gradients plus weight decay into arrays; whether all are finite.
+
+    `sets` are partial sums of the gradients, and all are lists of float32 arrays, one a variable; the
+    kernels, which have more than one dimension, decay. Goes through memory once, block by block.
+    """
+    flat = [[array.reshape(-1) for array in arrays] for arrays in (means, weights, *sets)]
+    decays = [decay if weight.ndim > 1 else 0 for weight in weights]
+
+    def one_block(variable, start):
+        block = slice(start, start + BLOCK)
+        mean, weight, *parts = (arrays[variable][block] for arrays in flat)
+        np.multiply(weight, np.float32(decays[variable] * count), out=mean)
+        for part in parts:
+            mean += part
+        mean *= np.float32(1 / count)
+        return np.dot(mean, mean)  # not finite if any value is not, in the fastest way
+
+    places = [(i, start) for i, mean in enumerate(flat[0]) for start in range(0, mean.size, BLOCK)]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        sums = list(threads.map(one_block, *zip(*places, strict=True)))
+    return bool(np.isfinite(sums).all())
+
+
+def all_finite(arrays):
+    """Whether no array holds a NaN or an infinity."""
+    return all(np.isfinite(array).all() for array in arrays)
 
 
 def random_batch(batches, *key):
@@ -267,12 +308,6 @@ def subtract_mean(pixels, crops, mean):
 # ---- workers
 
 
-def all_finite(arrays):
-    """Whether no float32 array holds a NaN or an infinity (or values beyond 1e18, whose squares do)."""
-    # A dot product with itself is the fastest pass that shows any.
-    return bool(np.isfinite(sum(float(np.dot(a.ravel(), a.ravel())) for a in arrays)))
-
-
 @ray.remote
 class Worker:
     """An actor: one network in its own session, in its own process, for as long as the run lasts.
@@ -288,8 +323,9 @@ class Worker:
         self.num_classes = network["num_classes"]
         self.iteration = None
 
-    def ready(self):
-        """Return when the network is built."""
+    def node(self):
+        """The id of the node, once the network is built."""
+        return ray.get_runtime_context().get_node_id()
 
     def update_weights(self, iteration, *weights):
         """Load an iteration's weights: views of the object store, which TensorFlow uses in place."""
@@ -301,16 +337,12 @@ class Worker:
             self.update_weights(iteration, *ray.get(list(weightrefs)))
 
     def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
-        """The 16 gradients of a mini-batch's mean loss, a list of float32 arrays, and that loss.
-
-        The loss is NaN if any gradient is not finite.
-        """
+        """The 16 gradients of a mini-batch's mean loss, a list of float32 arrays, and that loss."""
         self._load(iteration, weightrefs)
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
         y_true = one_hot(labels, self.num_classes)
-        gradients, loss = self.network.compute_grad(images, y_true, keep, dropout_seed)
-        return gradients, loss if all_finite(gradients) else np.nan
+        return self.network.compute_grad(images, y_true, keep, dropout_seed)
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
         """The share of a mini-batch's images whose top-1 class is right, as text such as `3.1%`."""
@@ -337,8 +369,10 @@ class Workers:
         self._timeout, self._report = timeout, report
         self._weights = None  # iteration, references of its weights
         self._aside = []  # requests to run beside the next gradients
-        self._requests = []  # those of this iteration's gradients
+        self._requests, self._results = [], []  # those of this iteration's gradients
         self._up = {}  # number -> worker that is up
+        self._nodes = {}  # number -> the node it is, or was, on
+        self._means = []  # arrays of the mean gradients
         self._starting = {}  # reference that resolves once it is up -> number, worker
         self._failed_starts = 0
         if (lack := self._lack()) and not cluster_can_grow:
@@ -365,7 +399,7 @@ class Workers:
             num_gpus=self._share["gpus"],
             scheduling_strategy="SPREAD",
         ).remote(self._network)
-        self._starting[worker.ready.remote()] = number, worker
+        self._starting[worker.node.remote()] = number, worker
 
     def _admit(self, timeout):
         """Take in the workers that have started, or do so within `timeout` seconds."""
@@ -374,7 +408,7 @@ class Workers:
         for ref in ray.wait(list(self._starting), timeout=timeout)[0]:
             number, worker = self._starting.pop(ref)
             try:
-                ray.get(ref)
+                self._nodes[number] = ray.get(ref)
             except RayActorError as error:
                 self._failed_starts += 1
                 if self._failed_starts == CRASHES_IN_A_ROW:
@@ -411,42 +445,53 @@ class Workers:
         self._aside = [("print_accuracy", 1, (minibatch, mean))]
 
     def compute_grad(self, minibatches, mean, keep, seed):
-        """The gradients of all mini-batches on the weights just loaded, in the order of mini-batches.
-
-        Returns a list of references, each to a list of 16 float32 arrays, and a list of losses.
-        """
+        """The losses of all mini-batches, all finite; their gradients stay where they were computed."""
         iteration, _ = self._weights
-        self._requests = [
+        requests = [
             ("compute_grad", 2, (minibatch, mean, keep, dropout_seed(seed, iteration, index)))
             for index, minibatch in enumerate(minibatches)
         ]
-        results = self._run(self._aside + self._requests)
+        results = self._run(self._aside + requests)
         for text, *_ in results[: len(self._aside)]:
             self._report(f"Iteration {iteration}: accuracy = {text}")
-        results, self._aside = results[len(self._aside) :], []
-        for index, (loss, number, _) in enumerate(results):
-            if not np.isfinite(loss):
-                raise WorkerError(
-                    f"iteration {iteration}: loss or gradient of mini-batch {index} is not finite, "
-                    f"on worker {number}: lower LEARNING_RATE"
-                )
-        return [gradients for *_, (gradients,) in results], [loss for loss, *_ in results]
+        self._requests, self._results, self._aside = requests, results[len(self._aside) :], []
+        losses = [loss for loss, *_ in self._results]
+        self._check(np.isfinite(losses), "loss")
+        return losses
 
-    def mean_gradients(self, gradients):
-        """The mean of sets of gradients, variable by variable: a list of 16 float32 arrays.
+    def mean_gradients(self, weight_decay):
+        """The mean of the gradients just computed, plus weight decay: a list of 16 float32 arrays.
 
-        Gradients that a node took along when it died are computed again.
+        All values are finite; the next call uses the arrays again. Gradients that a node took along
+        when it died are computed again.
         """
+        iteration, weightrefs = self._weights
         for _ in range(CRASHES_IN_A_ROW):
             try:
-                return self._helpers.mean_gradients(gradients)
+                gradients = [refs[0] for *_, refs in self._results]
+                nodes = [self._nodes[number] for _, number, _ in self._results]
+                sets, weights = self._helpers.add_gradients(gradients, nodes), ray.get(weightrefs)
+                self._means = self._means or [np.empty_like(weight) for weight in weights]
+                if not mean_of(sets, len(gradients), weights, weight_decay, self._means):
+                    self._check([all_finite(ray.get(ref)) for ref in gradients], "gradient")
+                    raise WorkerError(f"iteration {iteration}: the gradients' sum is not finite")
+                return self._means
             except (ObjectLostError, RayActorError, RayTaskError) as error:
                 lost = getattr(error, "cause", error)
                 if not isinstance(lost, ObjectLostError | RayActorError):
                     raise
                 self._report(f"gradients are lost ({first_line(lost)}): they are computed again")
-                gradients = [refs[0] for *_, refs in self._run(self._requests)]
+                self._results = self._run(self._requests)
         raise WorkerError(f"gradients were lost {CRASHES_IN_A_ROW} times in a row: {first_line(lost)}")
+
+    def _check(self, finite, what):
+        """WorkerError if one of this iteration's mini-batches has given something not finite."""
+        for index, (_, number, _) in enumerate(self._results):
+            if not finite[index]:
+                raise WorkerError(
+                    f"iteration {self._weights[0]}: the {what} of mini-batch {index} is not finite, "
+                    f"on worker {number}: lower LEARNING_RATE"
+                )
 
     def _run(self, requests):
         """Share out requests, each to the first free worker; their results in order.
@@ -466,7 +511,7 @@ class Workers:
             if not self._up:
                 raise WorkerError(f"iteration {iteration}: no worker left, and none could start")
             busy = {number for _, number, _ in running.values()}
-            for number in [n for n in sorted(self._up) if n not in busy][: len(waiting)]:
+            for number in [n for n in self._by_node() if n not in busy][: len(waiting)]:
                 request = waiting.popleft()
                 method, returns, arguments = requests[request]
                 call = getattr(self._up[number], method).options(num_returns=returns)
@@ -492,6 +537,11 @@ class Workers:
                     self._replace(number, why)
         return results
 
+    def _by_node(self):
+        """Numbers of the workers that are up, those of this node first, then node by node."""
+        nodes = self._nodes
+        return sorted(self._up, key=lambda n: (nodes[n] != self._helpers.here, nodes[n], n))
+
     def _replace(self, number, why):
         worker = self._up.pop(number)
         ray.kill(worker)
@@ -512,6 +562,31 @@ def room_for_workers(cpus, gpus):
         int(node.get("GPU", 0) // gpus) if gpus else n for node, n in zip(nodes, by_cpu, strict=True)
     ]
     return sum(map(min, by_cpu, by_gpu))
+
+
+def fastest_precision(gpus):
+    """The precision in which the cluster's workers are fastest, "bfloat16" or "float32".
+
+    bfloat16 where every node's CPU multiplies in it; on GPUs, float32.
+    """
+    if gpus:
+        return "float32"
+    here = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    ask = [
+        multiplies_bfloat16.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True))
+        for node in others
+    ]
+    answers = [multiplies_bfloat16._function(), *ray.get([question.remote() for question in ask])]
+    return "bfloat16" if all(answers) else "float32"
+
+
+@ray.remote(num_cpus=0)
+def multiplies_bfloat16():
+    """Whether this node's CPU has instructions that multiply bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def announce_memory(images):

@@ -2,7 +2,7 @@
 
     python benchmarks/exactness.py [--repeats 9]
 
-With: the dropout mask from a fed seed, and every gradient checked to be finite (what a worker does).
+With: the dropout mask from a fed seed, and every gradient checked to be finite, as the mean is.
 Without: TensorFlow's own dropout, which counts session runs, and no check. One thread, as a worker of
 one CPU has; mini-batches of 20. Adding gradients in a fixed order, carrying references of weights and
 drawing from seeds are the same work either way.
@@ -35,7 +35,7 @@ def seconds(network, images, y_true, exact, step):
     """Seconds that one gradient takes, with or without exactness."""
     start = time.perf_counter()
     gradients, _ = network.compute_grad(images, y_true, 0.5, [0, step])
-    if exact and not functions.all_finite(gradients):
+    if exact and not np.isfinite([np.dot(g.ravel(), g.ravel()) for g in gradients]).all():
         raise ValueError("not finite")
     return time.perf_counter() - start
 

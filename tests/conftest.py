@@ -55,6 +55,7 @@ def thin_constants(patch):
     patch.setattr(driver, "LAYERS", THIN)
     patch.setattr(driver, "NUM_CLASSES", 10)
     patch.setattr(driver, "ACCURACY_EVERY", 2)
+    patch.setattr(driver, "PRECISION", "float32")  # on any CPU
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import tensorflow as tf
 from conftest import THIN
 
 import alexnet
+import functions
 from imagenet import InputError
 
 
@@ -106,19 +107,31 @@ def test_dropout_keeps_the_mean():
     assert values.mean() == pytest.approx(1, abs=0.05)
 
 
-def test_apply_is_sgd_with_momentum_and_decay_of_the_kernels():
-    network = thin_network(momentum=0.9, weight_decay=0.01)
-    before = network.weights()
-    gradients = [np.ones_like(w) for w in before]
+def test_apply_is_sgd_with_momentum():
+    network = thin_network(momentum=0.9)
+    w0 = network.weights()
+    gradients = [np.ones_like(w) for w in w0]
     network.apply(gradients, 0.1)
-    middle = network.weights()
+    w1 = network.weights()
     network.apply(gradients, 0.1)
-    for w0, w1, w2 in zip(before, middle, network.weights(), strict=True):
-        decay = 0.01 if w0.ndim > 1 else 0
-        v1 = 1 + decay * w0
-        np.testing.assert_allclose(w1, w0 - 0.1 * v1, rtol=1e-5, atol=1e-7)
-        v2 = 0.9 * v1 + 1 + decay * w1
-        np.testing.assert_allclose(w2, w1 - 0.1 * v2, rtol=1e-5, atol=1e-7)
+    for a, b, c in zip(w0, w1, network.weights(), strict=True):
+        np.testing.assert_allclose(b, a - 0.1, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(c, b - 0.1 * 1.9, rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_is_near_float32_and_not_the_same():
+    """Where the CPU has no bfloat16, oneDNN leaves the graph alone and both are the same."""
+    images, y_true = random_input(20)
+    (exact, loss), (rounded, near) = (
+        thin_network(precision=precision).compute_grad(images, y_true, 1.0, [0, 0])
+        for precision in ("float32", "bfloat16")
+    )
+    assert near == pytest.approx(loss, rel=0.01)
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == np.float32
+        assert np.vdot(a, b) > 0.9 * np.linalg.norm(a) * np.linalg.norm(b)
+    same = all((a == b).all() for a, b in zip(exact, rounded, strict=True))
+    assert not (same and functions.multiplies_bfloat16._function())
 
 
 def test_loss_falls_on_a_small_set():

@@ -1,5 +1,7 @@
 """Remote functions on batches, on a real Ray: labels, shuffle, mean image, mini-batches, gradients."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import ray
@@ -145,17 +147,66 @@ def test_the_mean_is_subtracted_under_the_same_crop():
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_mean_gradients_is_the_mean_by_a_fixed_tree(cluster, count):
     rng = np.random.default_rng(0)
-    sets = [
-        [rng.normal(size=shape).astype(np.float32) for shape in ((3, 4), (4,))] for _ in range(count)
-    ]
-    mean = functions.Helpers().mean_gradients([ray.put(grads) for grads in sets])
-    tree = [[g.copy() for g in grads] for grads in sets]
+    shapes = (3, 4), (4,), (functions.BLOCK + 5, 2)
+    sets = [[rng.standard_normal(shape, np.float32) for shape in shapes] for _ in range(count)]
+    weights = [np.ones(shape, np.float32) for shape in shapes]
+    helpers, got = functions.Helpers(), [np.empty_like(weight) for weight in weights]
+    sums = helpers.add_gradients([ray.put(grads) for grads in sets], [helpers.here] * count)
+    assert len(sums) == min(count, 2)
+    assert functions.mean_of(sums, count, weights, 0.0, got)
+    tree = sets
     while len(tree) > 1:
-        pairs = [tree[i : i + 2] for i in range(0, count, 2)]
-        tree = [[sum(g[1:], start=g[0]) for g in zip(*p, strict=True)] for p in pairs if p]
-    for got, total in zip(mean, tree[0], strict=True):
-        assert got.dtype == np.float32
-        np.testing.assert_array_equal(got, total / np.float32(count))
+        pairs = [tree[i : i + 2] for i in range(0, len(tree), 2)]
+        tree = [[sum(g[1:], start=g[0]) for g in zip(*p, strict=True)] for p in pairs]
+    for mean, total in zip(got, tree[0], strict=True):
+        np.testing.assert_array_equal(mean, total * np.float32(1 / count))
+
+
+def test_mean_has_the_decay_of_the_kernels():
+    weights = [np.full((3, 4), 2, np.float32), np.full(4, 2, np.float32)]
+    got = [np.empty_like(weight) for weight in weights]
+    sets = [[np.ones_like(weight) for weight in weights] for _ in range(2)]
+    assert functions.mean_of(sets, 4, weights, 0.25, got)
+    assert (got[0] == 2 / 4 + 0.25 * 2).all() and (got[1] == 2 / 4).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_mean_tells_any_value_that_is_not_finite(bad):
+    weights = [np.ones((3, 4), np.float32), np.ones(5, np.float32)]
+    sets = [[np.ones_like(weight) for weight in weights] for _ in range(2)]
+    got = [np.empty_like(weight) for weight in weights]
+    assert functions.all_finite(sets[1]) and functions.mean_of(sets, 2, weights, 5e-4, got)
+    sets[1][0][2, 1] = bad
+    assert not functions.all_finite(sets[1]) and not functions.mean_of(sets, 2, weights, 5e-4, got)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_one_set_of_gradients_comes_to_this_node(nodes):
+    """Which sums are formed where, for two mini-batches a node, by helpers that only take notes."""
+    helpers = functions.Helpers.__new__(functions.Helpers)
+    helpers.here, moves = 0, []
+
+    class Note:
+        def __init__(self, node):
+            self.add_gradients, self.node = self, node
+
+        def remote(self, first, second):
+            moves.extend((place, self.node) for _, place in (first, second) if place != self.node)
+            return ("sum", first, second), self.node
+
+    helpers.on = Note
+    gradients = [(index, index // 2) for index in range(2 * nodes)]
+    with mock.patch.object(ray, "get", list):
+        last = helpers.add_gradients(gradients, [node for _, node in gradients])
+    moves += [(place, 0) for _, place in last if place != 0]
+    assert [to for _, to in moves].count(0) == (nodes > 1)
+    assert len(moves) == nodes - 1 + (nodes > 2)
+
+
+def test_precision_is_bfloat16_where_every_cpu_multiplies_it(cluster, monkeypatch):
+    has_it = functions.multiplies_bfloat16._function()
+    assert functions.fastest_precision(0) == ("bfloat16" if has_it else "float32")
+    assert functions.fastest_precision(1) == "float32"
 
 
 def test_room_counts_whole_workers_a_node(cluster):
@@ -163,11 +214,3 @@ def test_room_counts_whole_workers_a_node(cluster):
     assert functions.room_for_workers(2, 0) == 1
     assert functions.room_for_workers(3, 0) == 0
     assert functions.room_for_workers(1, 1) == 0
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_all_finite_sees_any_value_that_is_not(bad):
-    arrays = [np.ones((3, 4), np.float32), np.ones(5, np.float32)]
-    assert functions.all_finite(arrays)
-    arrays[0][2, 1] = bad
-    assert not functions.all_finite(arrays)

@@ -47,6 +47,7 @@ if __name__ == "__main__":
     functions.Workers.update_weights = update_all_weights
     driver.ALL_UP_AT = None
     driver.LAYERS, driver.NUM_CLASSES, driver.ACCURACY_EVERY = THIN, 10, 5
+    driver.PRECISION = "float32"  # on any CPU
     settings = [argument for argument in sys.argv[1:] if argument.split("=")[0].isupper()]
     for name, value in (setting.split("=", 1) for setting in settings):
         setattr(driver, name, ast.literal_eval(value))
