@@ -36,6 +36,8 @@ IMAGE_SIZE = (
 
 MAX_PIXELS = 64 * 2**20  # larger images are taken for decompression bombs; ImageNet's largest has 24 M
 
+MAX_RATIO = 2.5  # of sides, up to which cubic interpolation to twice the size wanted hardly aliases
+
 MAX_SCANS = 100  # of a progressive JPEG, which has some 10; with more, 1 MB can take hours
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be, whatever its name
@@ -52,7 +54,12 @@ _RETRYING = Config(
     max_pool_connections=32,
     response_checksum_validation="when_required",
 )
-_PARTS = TransferConfig(multipart_chunksize=8 * 2**20, max_concurrency=4, num_download_attempts=8)
+_PARTS = TransferConfig(
+    multipart_chunksize=8 * 2**20,
+    io_chunksize=8 * 2**20,  # a part at once: in small pieces, threads take turns for half the time
+    max_concurrency=4,
+    num_download_attempts=8,
+)
 # The driver's own few requests fail within a minute when nothing answers.
 _IMPATIENT = Config(
     connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3}
@@ -270,6 +277,7 @@ def report_loading(bucket, report_refs):
 
 @ray.remote
 def _load_tarfile(bucket, key, etag, size, where):
+    cv2.setNumThreads(1)  # tasks run side by side
     tar = download(bucket, key, etag, where)
     images, names, left_out = decode_tar(tar, size)
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
@@ -444,12 +452,24 @@ def decode_image(data, size):
                 data, "RGB", min_height=height, min_width=width, min_factor=2
             )
             if h >= height and w >= width:
-                return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+                return _shrink(pixels, size)
             return _resize(Image.fromarray(pixels), size)
     except ValueError as error:
         if "premature end" in str(error).lower():  # Pillow would fill the rest of some with grey
             raise ImageError("cut or corrupt JPEG") from error
     return _decode_with_pillow(data, size)
+
+
+def _shrink(pixels, size):
+    """Pixels that are no smaller than `size` in this size, antialiased.
+
+    From nearby sizes by cubic interpolation to twice the size, then the mean of each 2x2: half the time
+    of INTER_AREA at once, and nearer to Lanczos.
+    """
+    height, width = size
+    if max(pixels.shape[0] / height, pixels.shape[1] / width) <= MAX_RATIO:
+        pixels = cv2.resize(pixels, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def _resize(image, size):
