@@ -152,6 +152,10 @@ class AlexNet:
         """The share of images whose likeliest class is right (top-1), without dropout."""
         return float(self.sess.run(self.accuracy, {self.images: images, self.y_true: y_true}))
 
+    def count_hits(self, images, y_true):
+        """How many images' class is the likeliest (top-1), and among the five likeliest (top-5)."""
+        return self.sess.run(self.hits, {self.images: images, self.y_true: y_true})
+
     def state(self):
         """A copy of the weights and their momentum: a dict of name -> float32 array."""
         return self.sess.run(self._state)
@@ -187,6 +191,8 @@ class AlexNet:
         self.loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits))
         hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.y_true, 1))
         self.accuracy = tf.reduce_mean(tf.cast(hits, tf.float32))
+        near = tf.math.in_top_k(tf.argmax(self.y_true, 1), logits, min(5, num_classes))
+        self.hits = [tf.reduce_sum(tf.cast(right, tf.int32)) for right in (hits, near)]
 
         optimizer = tf.train.MomentumOptimizer(self.learning_rate, momentum)
         self.compgrads = optimizer.compute_gradients(self.loss, self.parameters)

@@ -34,8 +34,12 @@ MINI_BATCH = 20  # images a worker computes one gradient on
 SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two before training
 ACCURACY_EVERY = 10  # iterations between two accuracies
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
+VALIDATE_EVERY = (
+    1000  # iterations between two passes over the held-out set; the last is followed by one
+)
 CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
 LEARNING_RATE = 0.0025  # step size; the paper's 0.01 is for mini-batches of 128 images
+LEARNING_RATE_DROPS = ()  # iterations from which on it is a tenth of what it was (paper, section 5)
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
 WEIGHT_DECAY = 5e-4  # pull of the kernels towards zero, added to the mean gradient (paper, section 5)
 PRECISION = None  # of products: "float32" or "bfloat16"; None: the faster one on the CPUs found
@@ -52,18 +56,24 @@ def train(args, stop, joined):
     if not checkpoints:
         print("Nothing is saved (no --checkpoint-dir): the trained weights end with this run")
 
+    bucket = args.s3_bucket
+
     # Load ImageNet: one remote task a tar downloads and decodes it into the object store.
-    tars, others = imagenet.list_tars(args.s3_bucket, args.key_prefix)
-    source = f"s3://{args.s3_bucket}/{args.key_prefix}*"
-    print(f"{source}: {len(tars)} tars, {len(others)} other keys left out")
-    functions.announce_memory(imagenet.estimate_images(args.s3_bucket, tars))
+    tars, others = imagenet.list_tars(bucket, args.key_prefix)
+    print(f"s3://{bucket}/{args.key_prefix}*: {len(tars)} tars, {len(others)} other keys left out")
+    functions.announce_memory(imagenet.estimate_images(bucket, tars))
     data = functions.data_task_options()
-    loaded = imagenet.load_tarfiles_from_s3(args.s3_bucket, tars, [256, 256], **data)
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [256, 256], **data)
 
     # Labels: the dictionary of the label file goes into the object store once, for every `convert`.
-    imagepairs = imagenet.read_labels(args.s3_bucket, args.label_file, NUM_CLASSES)
+    imagepairs = imagenet.read_labels(bucket, args.label_file, NUM_CLASSES)
     pairs = ray.put(imagepairs)
     converted = [functions.convert.options(**data).remote(names, pairs) for _, names, _ in loaded]
+
+    # A held-out set, to validate on, is loaded like it.
+    held_out = args.val_prefix and functions.load_held_out(
+        bucket, args.val_prefix, args.val_label_file, NUM_CLASSES, **data
+    )
 
     # A checkpoint, if there is one, must be of this network, seed and data; it fixes the mini-batches.
     run = {name: repr(value) for name, value in globals().items() if name.isupper()}
@@ -95,15 +105,9 @@ def train(args, stop, joined):
         local.initialize(alexnet.initial_weights(LAYERS, NUM_CLASSES, INITIAL_WEIGHTS, rng))
 
     # Match images and labels.
-    imagenet.report_loading(args.s3_bucket, [report for _, _, report in loaded])
-    batches = functions.match([images for images, _, _ in loaded], converted, **data)
+    batches = functions.match(bucket, loaded, converted, "--key-prefix, --label-file", **data)
+    held_out = held_out and functions.match(bucket, *held_out, "--val-prefix, --val-label-file", **data)
     del loaded, converted  # or their references would keep every batch twice
-    if not batches:
-        raise imagenet.InputError(
-            f"{source}: no image is readable and has a label in {args.label_file}: "
-            "check --key-prefix and --label-file"
-        )
-    print(f"{sum(batch.count for batch in batches)} images in {len(batches)} batches")
     mean = functions.mean_image(batches, **data)
 
     # Shuffle: ImageNet comes sorted by class, so batches are mixed two by two, in several rounds.
@@ -139,7 +143,8 @@ def train(args, stop, joined):
         losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
 
         # Their mean, plus weight decay, trains the local network.
-        local.apply(workers.mean_gradients(WEIGHT_DECAY), LEARNING_RATE)
+        rate = LEARNING_RATE / 10 ** sum(iteration >= drop for drop in LEARNING_RATE_DROPS)
+        local.apply(workers.mean_gradients(WEIGHT_DECAY), rate)
 
         seconds = time.perf_counter() - start
         speed = mini_batches * MINI_BATCH / seconds
@@ -151,6 +156,10 @@ def train(args, stop, joined):
         if checkpoints and (done or iteration % CHECKPOINT_EVERY == 0):
             facts |= {"iteration": iteration, "precision": precision, "run": run}
             checkpoints.save(iteration, local.state(), facts)
+        if held_out and (iteration == args.iterations or iteration % VALIDATE_EVERY == 0):
+            workers.update_weights(iteration, [ray.put(weight) for weight in local.weights()])
+            top1, top5 = workers.validate(held_out, mean)
+            print(f"Iteration {iteration}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
 
     if checkpoints:
         checkpoints.wait()
@@ -196,20 +205,16 @@ class Stop:
 def main(argv=None):
     """Train as the command line says. Returns the exit status: 0, 2 (nothing to train), 130 or 143."""
     parser = argparse.ArgumentParser(description="Train AlexNet on the ImageNet tars in an S3 bucket.")
-    parser.add_argument("--s3-bucket", default="sparknet", help="bucket that holds the image data")
-    parser.add_argument(
-        "--key-prefix", default="ILSVRC2012_img_train/n015", help="prefix of the tars' keys"
-    )
-    parser.add_argument("--label-file", default="train.txt", help="key of the file of labels")
-    parser.add_argument(
-        "--iterations",
-        type=int,
-        default=math.inf,
-        help="stop after so many in all (default: at Ctrl-C)",
-    )
-    parser.add_argument(
-        "--checkpoint-dir", help="save to and resume from a folder or s3://bucket/prefix"
-    )
+    for flag, default, text in (
+        ("--s3-bucket", "sparknet", "bucket that holds the image data"),
+        ("--key-prefix", "ILSVRC2012_img_train/n015", "prefix of the tars' keys"),
+        ("--label-file", "train.txt", "key of the file of labels"),
+        ("--val-prefix", None, "prefix of the tars of a held-out set to validate on"),
+        ("--val-label-file", "val.txt", "key of the file of its labels"),
+        ("--checkpoint-dir", None, "save to and resume from a folder or s3://bucket/prefix"),
+    ):
+        parser.add_argument(flag, default=default, help=text)
+    parser.add_argument("--iterations", type=int, default=math.inf, help="stop after so many in all")
     args = parser.parse_args(argv)
     if args.iterations < 1:
         parser.error("--iterations must be 1 or more")

@@ -24,7 +24,14 @@ from ray.exceptions import (
 from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from imagenet import IMAGE_SIZE, InputError
+from imagenet import (
+    IMAGE_SIZE,
+    InputError,
+    list_tars,
+    load_tarfiles_from_s3,
+    read_labels,
+    report_loading,
+)
 
 # An actor holds its CPUs for life. It asks for a slice less than it uses, so that data tasks, which
 # ask for a slice, always find room beside the workers, also to rebuild a lost block.
@@ -32,6 +39,9 @@ CPU_SLICE = 0.05
 WORKER_SLICES = 2
 
 CRASHES_IN_A_ROW = 3  # of one mini-batch, or of workers that start, before the run gives up
+
+VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
+VALIDATION_STEP = 50  # of them that go through the network at once
 
 NO_LABEL = -1
 
@@ -76,23 +86,28 @@ def convert(filenames, imagepairs):
     return labels, report
 
 
-def match(images, converted, **options):
-    """Batches of images (references) and their labels (references to `convert`'s pairs).
+def match(bucket, loaded, converted, check, **options):
+    """Wait for images and their labels, from what loads and converts them; a list of batches.
 
-    Images without a label are dropped, and batches without an image.
+    Images without a label are dropped, and batches without an image; InputError, which says what to
+    `check`, if nothing is left.
     """
+    report_loading(bucket, [report for _, _, report in loaded])
     batches = []
     reports = ray.get([report for _, report in converted])
-    for images_ref, (labels, _), report in zip(images, converted, reports, strict=True):
+    for (images, _, _), (labels, _), report in zip(loaded, converted, reports, strict=True):
         if report["unlabelled"] and report["images"]:
             drop = drop_unlabelled.options(num_returns=2, **options)
-            images_ref, labels = drop.remote(images_ref, labels)
+            images, labels = drop.remote(images, labels)
         if report["images"]:
-            batches.append(Batch(images_ref, labels, report["images"]))
+            batches.append(Batch(images, labels, report["images"]))
     missing = sum(report["unlabelled"] for report in reports)
     if missing:
         named = [name for report in reports for name in report["named"]][:5]
         print(f"{missing} images have no label and are left out: {', '.join(named)}")
+    if not batches:
+        raise InputError(f"s3://{bucket}: no image is readable and has a label: check {check}")
+    print(f"{sum(batch.count for batch in batches)} images in {len(batches)} batches")
     return batches
 
 
@@ -108,6 +123,15 @@ def one_hot(labels, num_classes):
     vectors = np.zeros((len(labels), num_classes), np.float32)
     vectors[np.arange(len(labels)), labels] = 1
     return vectors
+
+
+def load_held_out(bucket, prefix, label_file, num_classes, **options):
+    """Start to load the tars and labels of a held-out set; returns what `match` waits for."""
+    tars, _ = list_tars(bucket, prefix)
+    print(f"s3://{bucket}/{prefix}*: {len(tars)} held-out tars")
+    pairs = ray.put(read_labels(bucket, label_file, num_classes))
+    loaded = load_tarfiles_from_s3(bucket, tars, [256, 256], **options)
+    return loaded, [convert.options(**options).remote(names, pairs) for _, names, _ in loaded]
 
 
 # ---- shuffle and mean image
@@ -190,7 +214,7 @@ class Helper:
         margins = np.array(images.shape[1:3]) - IMAGE_SIZE
         if key is None:
             chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
-            crops = np.tile([*(margins // 2), 0], (len(chosen), 1))
+            crops = centre_crops(images, len(chosen))
         else:
             rng = generator(*key)
             chosen = rng.integers(0, len(labels), count)
@@ -297,6 +321,12 @@ def crop_image(image, crop):
     return image[:, ::-1] if mirrored else image
 
 
+def centre_crops(images, count):
+    """The crop at the centre of images [n, height, width, 3], `count` times: int [count, 3]."""
+    _, height, width, _ = images.shape
+    return np.tile([(height - IMAGE_SIZE) // 2, (width - IMAGE_SIZE) // 2, 0], (count, 1))
+
+
 def subtract_mean(pixels, crops, mean):
     """Crops minus the same crops of the mean image: float32 [n, 224, 224, 3]."""
     centred = np.empty(pixels.shape, np.float32)
@@ -350,6 +380,18 @@ class Worker:
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
         return f"{self.network.compute_accuracy(images, one_hot(labels, self.num_classes)):.1%}"
+
+    def count_hits(self, iteration, weightrefs, images, labels, start, stop, mean):
+        """How many of a batch's images `start` to `stop` are right, top-1 and top-5: int [2]."""
+        self._load(iteration, weightrefs)
+        hits = np.zeros(2, int)
+        for first in range(start, stop, VALIDATION_STEP):
+            chosen = np.arange(first, min(first + VALIDATION_STEP, stop))
+            crops = centre_crops(images, len(chosen))
+            pixels = [crop_image(images[i], crop) for i, crop in zip(chosen, crops, strict=True)]
+            y_true = one_hot(labels[chosen], self.num_classes)
+            hits += self.network.count_hits(subtract_mean(np.stack(pixels), crops, mean), y_true)
+        return hits
 
 
 class Workers:
@@ -443,6 +485,24 @@ class Workers:
     def print_accuracy(self, minibatch, mean):
         """Have one worker measure the accuracy on the weights just loaded, beside the next requests."""
         self._aside = [("print_accuracy", 1, (minibatch, mean))]
+
+    def validate(self, batches, mean):
+        """Top-1 and top-5 accuracy on all images of some batches, with the weights just loaded.
+
+        The hits are counted, so that the result is exact, however the images are split.
+        """
+        pieces = [
+            (batch, start, min(start + VALIDATION_PIECE, batch.count))
+            for batch in batches
+            for start in range(0, batch.count, VALIDATION_PIECE)
+        ]
+        results = self._run(
+            [
+                ("count_hits", 1, (batch.images, batch.labels, start, stop, mean))
+                for batch, start, stop in pieces
+            ]
+        )
+        return sum(hits for hits, *_ in results) / sum(batch.count for batch in batches)
 
     def compute_grad(self, minibatches, mean, keep, seed):
         """The losses of all mini-batches, all finite; their gradients stay where they were computed."""

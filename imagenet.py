@@ -102,8 +102,8 @@ def explain(error):
     code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
     hint = {
         "NoSuchBucket": "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
-        "404": "there is no such key; check --label-file",
-        "NoSuchKey": "there is no such key; check --label-file",
+        "404": "there is no such key; check the flag that names it",
+        "NoSuchKey": "there is no such key; check the flag that names it",
         "AccessDenied": "access denied; check the credentials and the bucket's policy",
         "403": "access denied; check the credentials and the bucket's policy",
     }.get(code)
@@ -517,7 +517,7 @@ def parse_labels(data, num_classes, place):
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{place}, line {line}: not text; check --label-file") from error
+        raise InputError(f"{place}, line {line}: not text; is it a label file?") from error
     labels = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -538,7 +538,7 @@ def parse_labels(data, num_classes, place):
                 f"{place}, line {number}: {shorten(name)} already has label {labels[name]}"
             )
     if not labels:
-        raise InputError(f"{place}: holds no label; check --label-file")
+        raise InputError(f"{place}: holds no label; is it a label file?")
     return labels
 
 

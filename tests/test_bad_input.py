@@ -174,9 +174,9 @@ def test_prefix_without_a_tar(cluster, s3, bucket, capsys):
 
 
 LABEL_FILES = {
-    "missing": (None, ": there is no such key; check --label-file"),
-    "empty": (b"", ": holds no label; check --label-file"),
-    "not text": (b"n1/a.JPEG 1\n\xff\xfe\x00", ", line 2: not text; check --label-file"),
+    "missing": (None, ": there is no such key; check the flag that names it"),
+    "empty": (b"", ": holds no label; is it a label file?"),
+    "not text": (b"n1/a.JPEG 1\n\xff\xfe\x00", ", line 2: not text; is it a label file?"),
     "malformed": (
         b"n1/a.JPEG 1\nn1/b.JPEG\n",
         ", line 2: not `directory/name.JPEG label`: 'n1/b.JPEG'",
@@ -358,9 +358,25 @@ def test_nothing_usable_left(thin, cluster, s3, bucket, capsys, name):
     s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n1/other.JPEG 1\nn1/unreadable.JPEG 2")
     line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a")
     assert line == (
-        f"error: s3://{bucket}/a*: no image is readable and has a label in train.txt: "
-        "check --key-prefix and --label-file"
+        f"error: s3://{bucket}: no image is readable and has a label: check --key-prefix, --label-file"
     )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--val-prefix", "none/"], ": no key with the prefix 'none/' ends in .tar"),
+        (["--val-prefix", "", "--val-label-file", "none.txt"], "/none.txt: there is no such key"),
+        (["--val-prefix", "a"], "/val.txt, line 1: label '99' is no integer in 0..9"),
+        (["--val-prefix", "a", "--val-label-file", "other.txt"], ": no image is readable and has a"),
+    ],
+)
+def test_held_out_set_that_is_unusable(thin, cluster, s3, bucket, capsys, flags, message):
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({"a.JPEG": photo()}))
+    for key, line in {"train.txt": "a.JPEG 1", "val.txt": "a.JPEG 99", "other.txt": "b.JPEG 1"}.items():
+        s3.put_object(Bucket=bucket, Key=key, Body=line.encode())
+    line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a", *flags)
+    assert line.startswith(f"error: s3://{bucket}{message}")
 
 
 # ---- workers and signals

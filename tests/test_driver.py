@@ -17,6 +17,7 @@ import alexnet
 import demo
 import driver
 import functions
+import imagenet
 
 
 def two_workers():
@@ -129,6 +130,47 @@ def test_each_worker_is_a_process_with_weights_from_one_object(thin, cluster):
     data = functions.data_task_options()
     labels, _ = functions.convert.options(**data).remote(["a"], {"a": 1})
     assert ray.get(labels, timeout=30).tolist() == [1]
+
+
+def test_validation_counts_every_held_out_image(
+    thin, cluster, s3, photos, tmp_path, capsys, monkeypatch
+):
+    """Against one session that takes all images at once."""
+    monkeypatch.setattr(thin, "VALIDATE_EVERY", 2)
+    monkeypatch.setattr(functions, "VALIDATION_PIECE", 7)
+    held_out = ["--val-prefix", "ILSVRC2012_img_train/n0150000", "--val-label-file", "train.txt"]
+    assert train(photos, "--iterations", 3, "--checkpoint-dir", tmp_path, *held_out) == 0
+    out = capsys.readouterr().out
+    lines = re.findall(r"^Iteration (\d): validation top-1 = (.*%), top-5 = (.*%)$", out, re.M)
+    assert [number for number, *_ in lines] == ["2", "3"]
+
+    labels, images, y_true = imagenet.read_labels(photos, "train.txt", 10), [], []
+    for key in imagenet.list_tars(photos, held_out[1])[0]:
+        decoded, names, _ = imagenet.decode_tar(imagenet.download(photos, key), (256, 256))
+        images.append(decoded)
+        y_true += [labels[name] for name in names]
+    images = np.concatenate(images)
+    mean = images.mean(axis=0).astype(np.float32)  # the held-out images are those of training here
+    network = alexnet.AlexNet(THIN, num_classes=10)
+    network.restore(alexnet.Checkpoints(str(tmp_path)).newest()[0])
+    centred = (images - mean)[:, 16:240, 16:240]
+    hits = network.count_hits(centred, functions.one_hot(np.array(y_true), 10))
+    assert lines[1][1:] == tuple(f"{count / 120:.1%}" for count in hits)
+    assert 0 < hits[0] < hits[1] < 120
+
+
+def test_learning_rate_drops(thin, cluster, photos, monkeypatch):
+    monkeypatch.setattr(thin, "LEARNING_RATE", 0.5)
+    monkeypatch.setattr(thin, "LEARNING_RATE_DROPS", (1, 3))
+    rates, apply = [], alexnet.AlexNet.apply
+
+    def spy(self, gradients, learning_rate):
+        rates.append(learning_rate)
+        apply(self, gradients, 0.001)
+
+    monkeypatch.setattr(alexnet.AlexNet, "apply", spy)
+    assert train(photos, "--iterations", 5) == 0
+    assert rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
 
 
 BEHIND_THE_CHECKOUT = """

@@ -35,7 +35,9 @@ def test_match_drops_unlabelled_images_and_empty_batches(cluster, capsys):
     names = [["a", "b"], ["c", "x", "d"], ["y"], []]
     pairs = ray.put({"a": 0, "b": 1, "c": 2, "d": 3})
     converted = [functions.convert.remote(batch, pairs) for batch in names]
-    batches = functions.match(images, converted)
+    reports = [ray.put({"key": "a.tar", "images": 1, "left_out": 0}) for _ in images]
+    loaded = [(refs, None, report) for refs, report in zip(images, reports, strict=True)]
+    batches = functions.match("bucket", loaded, converted, "flags")
     assert [batch.count for batch in batches] == [2, 2]
     assert [ray.get(batch.labels).tolist() for batch in batches] == [[0, 1], [2, 3]]
     assert ray.get(batches[1].images).shape == (2, 4, 4, 3)
