@@ -191,7 +191,7 @@ class AlexNet:
         self.loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits))
         hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.y_true, 1))
         self.accuracy = tf.reduce_mean(tf.cast(hits, tf.float32))
-        near = tf.math.in_top_k(tf.argmax(self.y_true, 1), logits, min(5, num_classes))
+        near = tf.math.in_top_k(logits, tf.argmax(self.y_true, 1), min(5, num_classes))
         self.hits = [tf.reduce_sum(tf.cast(right, tf.int32)) for right in (hits, near)]
 
         optimizer = tf.train.MomentumOptimizer(self.learning_rate, momentum)

@@ -71,7 +71,7 @@ def train(args, stop, joined):
     converted = [functions.convert.options(**data).remote(names, pairs) for _, names, _ in loaded]
 
     # A held-out set, to validate on, is loaded like it.
-    held_out = args.val_prefix and functions.load_held_out(
+    held_out = args.val_prefix is not None and functions.load_held_out(
         bucket, args.val_prefix, args.val_label_file, NUM_CLASSES, **data
     )
 

@@ -375,7 +375,7 @@ def test_held_out_set_that_is_unusable(thin, cluster, s3, bucket, capsys, flags,
     s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({"a.JPEG": photo()}))
     for key, line in {"train.txt": "a.JPEG 1", "val.txt": "a.JPEG 99", "other.txt": "b.JPEG 1"}.items():
         s3.put_object(Bucket=bucket, Key=key, Body=line.encode())
-    line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a", *flags)
+    line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a", "--iterations", 1, *flags)
     assert line.startswith(f"error: s3://{bucket}{message}")
 
 
@@ -504,4 +504,4 @@ def test_workers_do_not_outlive_a_run(cluster):
     [(_, worker)] = workers._starting.values()
     del workers
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(worker.ready.remote(), timeout=60)
+        ray.get(worker.node.remote(), timeout=60)
