@@ -34,9 +34,7 @@ MINI_BATCH = 20  # images a worker computes one gradient on
 SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two before training
 ACCURACY_EVERY = 10  # iterations between two accuracies
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
-VALIDATE_EVERY = (
-    1000  # iterations between two passes over the held-out set; the last is followed by one
-)
+VALIDATE_EVERY = 1000  # iterations between two validations; the last iteration is followed by one
 CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
 LEARNING_RATE = 0.0025  # step size; the paper's 0.01 is for mini-batches of 128 images
 LEARNING_RATE_DROPS = ()  # iterations from which on it is a tenth of what it was (paper, section 5)

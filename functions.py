@@ -535,6 +535,7 @@ class Workers:
                 if not mean_of(sets, len(gradients), weights, weight_decay, self._means):
                     self._check([all_finite(ray.get(ref)) for ref in gradients], "gradient")
                     raise WorkerError(f"iteration {iteration}: the gradients' sum is not finite")
+                self._results = []  # their references would keep the gradients in the object store
                 return self._means
             except (ObjectLostError, RayActorError, RayTaskError) as error:
                 lost = getattr(error, "cause", error)
