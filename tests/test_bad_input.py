@@ -412,8 +412,8 @@ def test_more_workers_than_a_growing_cluster_gets_room_for(thin, cluster, small,
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_while_loading_stops_at_once(thin, cluster, small, capsys, monkeypatch, number, status):
-    monkeypatch.setattr(imagenet, "report_loading", lambda *_: os.kill(os.getpid(), number))
-    assert driver.main(small) == status
+    monkeypatch.setattr(functions, "report_loading", lambda *_: os.kill(os.getpid(), number))
+    assert driver.main([*small, "--iterations", "3"]) == status
     out, err = capsys.readouterr()
     assert "Shuffle" not in out and err == ""
 
@@ -446,7 +446,7 @@ def test_sigterm_stops_after_the_current_step(thin, cluster, small, capsys, monk
         apply(*arguments)
 
     monkeypatch.setattr(alexnet.AlexNet, "apply", signalled)
-    assert driver.main(small) == 143
+    assert driver.main([*small, "--iterations", "9"]) == 143
     out, err = capsys.readouterr()
     assert re.findall(r"^Iteration (\d): loss", out, re.M) == ["0", "1", "2"] and err == ""
 
