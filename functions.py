@@ -282,8 +282,9 @@ class Helpers:
 def mean_of(sets, count, weights, decay, means):
     """Write the mean of `count` gradients plus weight decay into arrays; whether all are finite.
 
-    `sets` are partial sums of the gradients, and all are lists of float32 arrays, one a variable; the
-    kernels, which have more than one dimension, decay. Goes through memory once, block by block.
+    `sets` are the gradients' sum, or two parts of it, which gives the same bits, and all are lists of
+    float32 arrays, one a variable; the kernels, which have more than one dimension, decay. Goes through
+    memory once, block by block.
     """
     flat = [[array.reshape(-1) for array in arrays] for arrays in (means, weights, *sets)]
     decays = [decay if weight.ndim > 1 else 0 for weight in weights]
@@ -291,10 +292,9 @@ def mean_of(sets, count, weights, decay, means):
     def one_block(variable, start):
         block = slice(start, start + BLOCK)
         mean, weight, *parts = (arrays[variable][block] for arrays in flat)
-        np.multiply(weight, np.float32(decays[variable] * count), out=mean)
-        for part in parts:
-            mean += part
-        mean *= np.float32(1 / count)
+        total = np.add(*parts, out=mean) if len(parts) == 2 else parts[0]
+        np.multiply(total, np.float32(1 / count), out=mean)
+        mean += np.float32(decays[variable]) * weight
         return np.dot(mean, mean)  # not finite if any value is not, in the fastest way
 
     places = [(i, start) for i, mean in enumerate(flat[0]) for start in range(0, mean.size, BLOCK)]

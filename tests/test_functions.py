@@ -164,12 +164,18 @@ def test_mean_gradients_is_the_mean_by_a_fixed_tree(cluster, count):
         np.testing.assert_array_equal(mean, total * np.float32(1 / count))
 
 
-def test_mean_has_the_decay_of_the_kernels():
-    weights = [np.full((3, 4), 2, np.float32), np.full(4, 2, np.float32)]
+@pytest.mark.parametrize("add_elsewhere", [False, True])
+def test_mean_has_the_decay_of_the_kernels(add_elsewhere):
+    """To the same bits, wherever the gradients were added."""
+    rng = np.random.default_rng(0)
+    weights, a, b = (
+        [rng.standard_normal(shape, np.float32) for shape in ((30, 40), 40)] for _ in "wab"
+    )
+    sums = [x + y for x, y in zip(a, b, strict=True)]
     got = [np.empty_like(weight) for weight in weights]
-    sets = [[np.ones_like(weight) for weight in weights] for _ in range(2)]
-    assert functions.mean_of(sets, 4, weights, 0.25, got)
-    assert (got[0] == 2 / 4 + 0.25 * 2).all() and (got[1] == 2 / 4).all()
+    assert functions.mean_of([sums] if add_elsewhere else [a, b], 2, weights, 0.3, got)
+    np.testing.assert_array_equal(got[0], sums[0] / 2 + np.float32(0.3) * weights[0])
+    np.testing.assert_array_equal(got[1], sums[1] / 2)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
