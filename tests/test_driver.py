@@ -44,12 +44,11 @@ def test_the_whole_story(thin, cluster, photos, capsys):
 
 def test_it_learns(thin, cluster, photos, capsys, monkeypatch):
     monkeypatch.setattr(thin, "ACCURACY_EVERY", 1000)
-    monkeypatch.setattr(thin, "LEARNING_RATE", 0.02)
     monkeypatch.setattr(thin, "KEEP_PROBABILITY", 1.0)
-    assert train(photos, "--iterations", 120) == 0
+    assert train(photos, "--iterations", 150) == 0
     losses = [float(loss) for loss in re.findall(r"loss = ([\d.]+)", capsys.readouterr().out)]
     assert np.mean(losses[:3]) > 2
-    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3])
+    assert np.mean(losses[-50:]) < 0.75 * np.mean(losses[:3])
 
 
 def test_two_runs_with_a_seed_give_the_same_bits(thin, cluster, photos, tmp_path):
