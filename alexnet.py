@@ -97,6 +97,26 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays
 
 
+def forward(images, parameters, layers, dropout=lambda x, layer: x):
+    """The logits [n, classes] of images float32 [n, 224, 224, 3], pixels minus their mean.
+
+    `dropout` is called with what a dense layer gives, and the layer's number.
+    """
+    x, weights = images / PIXEL_STD, iter(parameters)
+    for i, (kind, _, *options) in enumerate(layers):
+        if kind == "conv":
+            _, stride, *flags = options
+            x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
+            if "norm" in flags:  # paper, section 3.3, n = 5; the sum takes alpha, not alpha / n
+                x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
+            if "pool" in flags:  # overlapping: paper, section 3.4
+                x = tf.nn.max_pool2d(x, 3, 2, "VALID")
+        else:
+            x = tf.reshape(x, [-1, int(np.prod(x.shape[1:]))])
+            x = dropout(tf.nn.relu(tf.matmul(x, next(weights)) + next(weights)), i)
+    return tf.matmul(x, next(weights)) + next(weights)
+
+
 class AlexNet:
     """The network, its session and the operations that the driver and the workers run.
 
@@ -104,16 +124,26 @@ class AlexNet:
     `assignment` (initial or new weights) as well as `application` (gradients).
     """
 
-    def __init__(self, layers=LAYERS, num_classes=1000, momentum=0.9, threads=0, precision="float32"):
-        """Build the graph and open its session; `threads` limits it (0: as many as there are CPUs).
+    def __init__(
+        self,
+        layers=LAYERS,
+        num_classes=1000,
+        momentum=0.9,
+        threads=0,
+        gpus=0,
+        precision="float32",
+    ):
+        """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
         `precision` "bfloat16" has oneDNN do convolutions and matrix products in it; what goes in and
         comes out stays float32.
         """
+        self.layers = layers
         graph = tf.Graph()
         with graph.as_default():
             self._build(layers, num_classes, momentum)
         config = tf.ConfigProto(
+            device_count={"GPU": gpus},
             intra_op_parallelism_threads=threads,
             inter_op_parallelism_threads=1,
             gpu_options=tf.GPUOptions(allow_growth=True),
@@ -187,7 +217,7 @@ class AlexNet:
         pairs = list(zip(self.placeholders, self.parameters, strict=True))
         self.assignment = tf.group(*(v.assign(p, read_value=False) for p, v in pairs))
 
-        logits = self._logits(layers)
+        self.logits = logits = forward(self.images, self.parameters, layers, self._dropout)
         self.loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits))
         hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.y_true, 1))
         self.accuracy = tf.reduce_mean(tf.cast(hits, tf.float32))
@@ -201,22 +231,6 @@ class AlexNet:
         self._state = {v.op.name: v for v in [*self.parameters, *optimizer.variables()]}
         self._loads = {name: tf.placeholder(tf.float32, v.shape) for name, v in self._state.items()}
         self._restoration = [v.assign(self._loads[name]).op for name, v in self._state.items()]
-
-    def _logits(self, layers):
-        x, weights = self.images / PIXEL_STD, iter(self.parameters)
-        for i, (kind, _, *options) in enumerate(layers):
-            if kind == "conv":
-                _, stride, *flags = options
-                x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
-                if "norm" in flags:  # paper, section 3.3, n = 5; the sum takes alpha, not alpha / n
-                    x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
-                if "pool" in flags:  # overlapping: paper, section 3.4
-                    x = tf.nn.max_pool2d(x, 3, 2, "VALID")
-            else:
-                x = tf.reshape(x, [-1, int(np.prod(x.shape[1:]))])
-                x = tf.nn.relu(tf.matmul(x, next(weights)) + next(weights))
-                x = self._dropout(x, i)
-        return tf.matmul(x, next(weights)) + next(weights)
 
     def _dropout(self, x, layer):
         # TensorFlow's own dropout counts session runs; this mask depends on the fed seed alone.
@@ -242,14 +256,10 @@ class Checkpoints:
         self._scratch = tempfile.TemporaryDirectory() if self._remote else None
         self._folder = Path(self._scratch.name if self._remote else place).resolve()
         self._writer, self._writing = ThreadPoolExecutor(1), None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        with _disk_errors("--checkpoint-dir", place):
+            _make_writable(self._folder)
             for leftover in self._folder.glob("ckpt-*.tempstate*"):  # of a save that was killed
                 leftover.unlink()
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
-        except OSError as error:
-            raise InputError(f"--checkpoint-dir {place}: {error.strerror}") from error
 
     def _names(self):
         """Names of the complete checkpoints, oldest first: the index is there once the data is."""
@@ -305,11 +315,9 @@ class Checkpoints:
 
     def wait(self):
         """Wait until the last save is complete; InputError if it failed."""
-        try:
+        with _disk_errors("--checkpoint-dir", self.place):
             if self._writing:
                 self._writing.result()
-        except (OSError, tf.errors.OpError) as error:
-            raise InputError(f"--checkpoint-dir {self.place}: {one_line(error)[:200]}") from error
 
     def _write(self, name, state, facts):
         tensors = state | {"facts": json.dumps(facts)}
@@ -329,6 +337,102 @@ class Checkpoints:
                 (self._folder / file).unlink(missing_ok=True)
                 if self._remote:
                     self._remote.delete(file)
+
+
+class LearningCurves:
+    """Scalars over the iterations, as TensorBoard's event files in a folder."""
+
+    def __init__(self, folder):
+        """Open the folder; InputError if it cannot be written."""
+        self.folder = folder
+        if "://" in folder:
+            raise InputError(f"--log-dir {folder}: name a local folder")
+        with _disk_errors("--log-dir", folder), tf.Graph().as_default():
+            _make_writable(Path(folder))
+            self._writer = tf.summary.FileWriter(folder)
+
+    def start(self, iteration):
+        """Begin at an iteration: what a run that was cut off wrote of later ones is forgotten."""
+        self._writer.add_session_log(tf.SessionLog(status=tf.SessionLog.START), iteration)
+
+    def add(self, iteration, scalars):
+        """Write a dict of tag -> number, to disk at once: a driver that is killed loses none."""
+        values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        with _disk_errors("--log-dir", self.folder):
+            self._writer.add_summary(tf.Summary(value=values), iteration)
+            self._writer.flush()
+
+
+class SavedModel:
+    """The trained network for use elsewhere, in a folder or `s3://bucket/prefix`, in one piece."""
+
+    def __init__(self, place):
+        """Name where it goes; InputError if that cannot be written or holds something else."""
+        self.place = place
+        self._remote = S3Folder(place) if place.startswith("s3://") else None
+        self._folder = Path(place).resolve()
+        if self._remote:
+            self._remote.check_writable("saved_model.pb")
+            return
+        with _disk_errors("--export-dir", place):
+            _make_writable(self._folder.parent)
+            others = self._folder.exists() and not (self._folder / "saved_model.pb").exists()
+            if others and any(self._folder.iterdir()):
+                raise InputError(f"--export-dir {place}: holds something else: name a new folder")
+
+    def write(self, network, mean):
+        """Export an AlexNet whose images were centred by a mean image float32 [256, 256, 3].
+
+        Its signature "serving_default" takes `images`, uint8 [n, 256, 256, 3], and gives
+        `probabilities`, float32 [n, classes]. An older export is replaced.
+        """
+        near = None if self._remote else self._folder.parent  # where a rename moves it in one step
+        scratch = tempfile.TemporaryDirectory(prefix=".export-", dir=near)
+        with _disk_errors("--export-dir", self.place), scratch as folder:
+            new = Path(folder) / "new"
+            _save_model(new, network, mean)
+            if self._remote:
+                files = [path for path in new.rglob("*") if path.is_file()]
+                for path in sorted(files, key=lambda path: path.name == "saved_model.pb"):  # it last
+                    self._remote.upload(path, path.relative_to(new).as_posix())
+            else:
+                if self._folder.exists():
+                    self._folder.rename(Path(folder) / "old")
+                new.rename(self._folder)
+
+
+def _save_model(folder, network, mean):
+    margins = [(side - IMAGE_SIZE) // 2 for side in mean.shape[:2]]
+    top, left = (slice(margin, margin + IMAGE_SIZE) for margin in margins)
+    with tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as sess:
+        images = tf.placeholder(tf.uint8, [None, *mean.shape], "images")
+        parameters = [
+            tf.get_variable(v.op.name, v.shape, use_resource=True) for v in network.parameters
+        ]
+        centred = tf.cast(images[:, top, left], tf.float32) - mean[top, left]
+        probabilities = tf.nn.softmax(forward(centred, parameters, network.layers))
+        fed = [v.initializer.inputs[1] for v in parameters]  # instead of random initial weights
+        sess.run([v.initializer for v in parameters], dict(zip(fed, network.weights(), strict=True)))
+        tf.saved_model.simple_save(
+            sess, str(folder), {"images": images}, {"probabilities": probabilities}
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(flag, place):
+    """Turn what the disk or TensorFlow's writers raise into an InputError that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{flag} {place}: {error.strerror}") from error
+    except tf.errors.OpError as error:
+        raise InputError(f"{flag} {place}: {one_line(error)[:200]}") from error
+
+
+def _make_writable(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _files(checkpoint):

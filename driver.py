@@ -11,9 +11,7 @@ import math
 import os
 import signal
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while the imports take their seconds
@@ -50,10 +48,11 @@ SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dr
 
 def train(args, stop, joined):
     """The write-up, step by step: load, label, shuffle, then synchronous data-parallel SGD."""
-    checkpoints = alexnet.Checkpoints(args.checkpoint_dir) if args.checkpoint_dir else None
-    if not checkpoints:
-        print("Nothing is saved (no --checkpoint-dir): the trained weights end with this run")
-
+    checkpoints = args.checkpoint_dir and alexnet.Checkpoints(args.checkpoint_dir)
+    model = args.export_dir and alexnet.SavedModel(args.export_dir)
+    curves = args.log_dir and alexnet.LearningCurves(args.log_dir)
+    if not checkpoints and not model:
+        print("The trained weights end with this run: there is no --checkpoint-dir and no --export-dir")
     bucket = args.s3_bucket
 
     # Load ImageNet: one remote task a tar downloads and decodes it into the object store.
@@ -89,7 +88,7 @@ def train(args, stop, joined):
     workers = functions.Workers(
         min(num_workers, mini_batches),
         {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER},
-        network | {"threads": CPUS_PER_WORKER, "precision": precision},
+        network | {"threads": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER, "precision": precision},
         helpers,
         timeout=WORKER_TIMEOUT,
         cluster_can_grow=joined,
@@ -121,69 +120,63 @@ def train(args, stop, joined):
     )
     if state:
         print(f"Resumed from {args.checkpoint_dir} at iteration {iteration}")
+    if curves:
+        curves.start(iteration)
 
     draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
     minibatches, stop.at_once = draw(iteration), False
     while not stop.signum and iteration < args.iterations:
-        start = time.perf_counter()
+        watch = functions.Stopwatch()
 
         # The local network's weights go into the object store once, and from there to every worker.
         weightrefs = [ray.put(weight) for weight in local.weights()]
         workers.update_weights(iteration, weightrefs)
 
         # The accuracy of these weights on a random batch, beside the training.
-        if iteration % ACCURACY_EVERY == 0:
+        if due := iteration % ACCURACY_EVERY == 0:
             sample = helpers.draw_sample(batches, ACCURACY_SAMPLE, SEED, iteration)
             workers.print_accuracy(sample, mean)
+        watch.lap("broadcast")
 
         # A gradient from each random mini-batch; the next ones are drawn meanwhile.
         upcoming = draw(iteration + 1)
         losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
+        watch.lap("compute")
 
         # Their mean, plus weight decay, trains the local network.
+        gradients = workers.mean_gradients(WEIGHT_DECAY)
+        watch.lap("gather")
         rate = LEARNING_RATE / 10 ** sum(iteration >= drop for drop in LEARNING_RATE_DROPS)
-        local.apply(workers.mean_gradients(WEIGHT_DECAY), rate)
+        local.apply(gradients, rate)
+        watch.lap("apply")
 
-        seconds = time.perf_counter() - start
-        speed = mini_batches * MINI_BATCH / seconds
-        loss = np.mean(losses)
+        seconds = sum(watch.seconds.values())
+        loss, speed = np.mean(losses), mini_batches * MINI_BATCH / seconds
         print(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
+        if curves:
+            scalars = {"loss": loss, "learning rate": rate, "images a second": speed} | watch.seconds
+            curves.add(iteration, scalars | ({"accuracy": workers.accuracy} if due else {}))
         iteration, minibatches = iteration + 1, upcoming
 
-        done = stop.signum or iteration == args.iterations
-        if checkpoints and (done or iteration % CHECKPOINT_EVERY == 0):
+        last = stop.signum or iteration == args.iterations
+        if checkpoints and (last or iteration % CHECKPOINT_EVERY == 0):
             facts |= {"iteration": iteration, "precision": precision, "run": run}
             checkpoints.save(iteration, local.state(), facts)
         if held_out and (iteration == args.iterations or iteration % VALIDATE_EVERY == 0):
             workers.update_weights(iteration, [ray.put(weight) for weight in local.weights()])
             top1, top5 = workers.validate(held_out, mean)
             print(f"Iteration {iteration}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
+            if curves:
+                curves.add(iteration, {"validation top-1": top1, "validation top-5": top5})
 
+    # What the run leaves behind.
     if checkpoints:
         checkpoints.wait()
-        print(f"Iteration {iteration} is saved in {args.checkpoint_dir}")
-
-
-def connect(**start_options):
-    """Join the Ray cluster in RAY_ADDRESS or the one running here (True), or else start one (False).
-
-    The runtime environment carries the project's modules to every node, and nothing else.
-    """
-    if ray.is_initialized():
-        return True
-    here = Path(__file__).resolve().parent
-    modules = [str(here / f"{name}.py") for name in ("alexnet", "functions", "imagenet")]
-    options = {"runtime_env": {"py_modules": modules}, "logging_level": "ERROR", "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address != "local":  # Ray's word for a cluster of one's own
-            ray.init("auto", **options)
-            return True
-    except ConnectionError as error:
-        if address:
-            raise functions.WorkerError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
-    ray.init("local", include_dashboard=False, **options, **start_options)
-    return False
+    if model:
+        model.write(local, ray.get(mean))
+    places = {"checkpoints": args.checkpoint_dir, "network": args.export_dir, "curves": args.log_dir}
+    left = [f"{what} in {place}" for what, place in places.items() if place]
+    print(f"Stopped at iteration {iteration}: {', '.join(left) or 'nothing is saved'}")
 
 
 class Stop:
@@ -210,6 +203,8 @@ def main(argv=None):
         ("--val-prefix", None, "prefix of the tars of a held-out set to validate on"),
         ("--val-label-file", "val.txt", "key of the file of its labels"),
         ("--checkpoint-dir", None, "save to and resume from a folder or s3://bucket/prefix"),
+        ("--export-dir", None, "export the network as a SavedModel, to a folder or s3://bucket/prefix"),
+        ("--log-dir", None, "write learning curves for TensorBoard to a folder"),
     ):
         parser.add_argument(flag, default=default, help=text)
     parser.add_argument("--iterations", type=int, default=math.inf, help="stop after so many in all")
@@ -219,7 +214,7 @@ def main(argv=None):
     stop, own_ray = Stop(), not ray.is_initialized()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        joined = connect()  # a step that is not interrupted: Ray can crash
+        joined = functions.connect()  # a step that is not interrupted: Ray can crash
         for number in handlers:
             signal.signal(number, stop)  # again: Ray's start sets a handler of its own
         stop.at_once = True

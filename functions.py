@@ -4,6 +4,7 @@ Everything random is drawn from a seed that is an argument: a task that runs aga
 object, gives the same object.
 """
 
+import json
 import os
 import time
 import zlib
@@ -53,6 +54,32 @@ Batch = namedtuple("Batch", "images labels count")
 
 class WorkerError(Exception):
     """Workers that cannot start or do not stay up. The message is one line."""
+
+
+def connect(**start_options):
+    """Join the Ray cluster in RAY_ADDRESS or the one running here (True), or else start one (False).
+
+    The runtime environment carries the project's modules to every node, and nothing else; none if this
+    is a Ray job whose working directory brings them.
+    """
+    if ray.is_initialized():
+        return True
+    here = Path(__file__).resolve().parent
+    modules = [str(here / f"{name}.py") for name in ("alexnet", "functions", "imagenet")]
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    brought = "working_dir" in job and here == Path.cwd()
+    options = {"logging_level": "ERROR", "log_to_driver": False}
+    options["runtime_env"] = {} if brought else {"py_modules": modules}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address != "local":  # Ray's word for a cluster of one's own
+            ray.init("auto", **options)
+            return True
+    except ConnectionError as error:
+        if address:
+            raise WorkerError(f"no Ray cluster answers at RAY_ADDRESS={address}") from error
+    ray.init("local", include_dashboard=False, **options, **start_options)
+    return False
 
 
 def generator(*key):
@@ -375,11 +402,11 @@ class Worker:
         return self.network.compute_grad(images, y_true, keep, dropout_seed)
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
-        """The share of a mini-batch's images whose top-1 class is right, as text such as `3.1%`."""
+        """The share of a mini-batch's images whose top-1 class is right."""
         self._load(iteration, weightrefs)
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
-        return f"{self.network.compute_accuracy(images, one_hot(labels, self.num_classes)):.1%}"
+        return self.network.compute_accuracy(images, one_hot(labels, self.num_classes))
 
     def count_hits(self, iteration, weightrefs, images, labels, start, stop, mean):
         """How many of a batch's images `start` to `stop` are right, top-1 and top-5: int [2]."""
@@ -411,6 +438,7 @@ class Workers:
         self._timeout, self._report = timeout, report
         self._weights = None  # iteration, references of its weights
         self._aside = []  # requests to run beside the next gradients
+        self.accuracy = None  # the newest that print_accuracy has measured
         self._requests, self._results = [], []  # those of this iteration's gradients
         self._up = {}  # number -> worker that is up
         self._nodes = {}  # number -> the node it is, or was, on
@@ -483,7 +511,10 @@ class Workers:
             worker.update_weights.remote(iteration, *weightrefs)
 
     def print_accuracy(self, minibatch, mean):
-        """Have one worker measure the accuracy on the weights just loaded, beside the next requests."""
+        """Have one worker measure the accuracy of the weights just loaded, beside the next gradients.
+
+        Once those are computed, it is printed, and `accuracy` holds it.
+        """
         self._aside = [("print_accuracy", 1, (minibatch, mean))]
 
     def validate(self, batches, mean):
@@ -512,8 +543,9 @@ class Workers:
             for index, minibatch in enumerate(minibatches)
         ]
         results = self._run(self._aside + requests)
-        for text, *_ in results[: len(self._aside)]:
-            self._report(f"Iteration {iteration}: accuracy = {text}")
+        for accuracy, *_ in results[: len(self._aside)]:
+            self._report(f"Iteration {iteration}: accuracy = {accuracy:.1%}")
+            self.accuracy = accuracy
         self._requests, self._results, self._aside = requests, results[len(self._aside) :], []
         losses = [loss for loss, *_ in self._results]
         self._check(np.isfinite(losses), "loss")
@@ -608,6 +640,19 @@ class Workers:
         ray.kill(worker)
         self._report(f"worker {number} is lost ({why}): {len(self._up)} of {self.count} go on")
         self._start(number)
+
+
+class Stopwatch:
+    """Seconds of the phases of an iteration, a dict."""
+
+    def __init__(self):
+        """Start the first phase."""
+        self.seconds, self._since = {}, time.perf_counter()
+
+    def lap(self, phase):
+        """End a phase, which begins the next one."""
+        now = time.perf_counter()
+        self.seconds[f"seconds/{phase}"], self._since = now - self._since, now
 
 
 def dropout_seed(seed, iteration, index):

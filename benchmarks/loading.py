@@ -281,7 +281,7 @@ def idle():
 
 def peak_memory(key):
     """MB that the task that loads a tar takes at its peak, above a worker that has done nothing."""
-    driver.connect(num_cpus=1)
+    functions.connect(num_cpus=1)
     start = private_memory(psutil.Process(ray.get(idle.remote())))
     [(images, _, _)] = imagenet.load_tarfiles_from_s3(BUCKET, [key], SIZE)
     peak = start
@@ -438,7 +438,7 @@ def main():
         print_cells("", "ours", "other", "unit", "ratio", "target", "")
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
-        driver.connect(num_cpus=CPUS, _system_config=warm)
+        functions.connect(num_cpus=CPUS, _system_config=warm)
         report(*speeds(tars, copies * len(photos), args.repeats))
         report(overhead(tars, photos, args.repeats))
         ray.shutdown()

@@ -155,14 +155,13 @@ def mirrored(pipe, rank, port, mini_batch, precision, norm):
         weights = alexnet.initial_weights(table, NUM_CLASSES, "he", rng)
         variables = [tf.Variable(weight) for weight in weights]
         optimizer = tf.compat.v1.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
-    network = object.__new__(alexnet.AlexNet)  # its forward pass alone, on these variables
-    network.keep, network.parameters = KEEP_PROBABILITY, variables
-    network._dropout = lambda x, layer: tf.nn.dropout(x, 1 - KEEP_PROBABILITY)
+
+    def dropout(x, layer):
+        return tf.nn.dropout(x, 1 - KEEP_PROBABILITY)
 
     def replica_step(images, y_true):
-        network.images = images
         with tf.GradientTape() as tape:
-            logits = network._logits(table)
+            logits = alexnet.forward(images, variables, table, dropout)
             losses = tf.nn.softmax_cross_entropy_with_logits(y_true, logits)
             loss = tf.reduce_mean(losses) / WORKERS
         gradients = tape.gradient(loss, variables)

@@ -9,6 +9,7 @@ import ray
 
 import demo
 import driver
+import functions
 from alexnet import tf
 
 # A network so thin that a step takes milliseconds; its layers are those of AlexNet.
@@ -34,11 +35,11 @@ def s3():
 
 @pytest.fixture(scope="session")
 def cluster(s3):
-    """A Ray of 2 CPUs, started after the S3 server so that its processes have the environment."""
+    """A Ray of 2 CPUs and 2 GPUs that are none; its processes have the S3 server in the environment."""
     os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
     # Ray ends processes that are idle for a second; here they stay for the next test.
     warm = {"idle_worker_killing_time_threshold_ms": 600_000}
-    driver.connect(num_cpus=2, object_store_memory=500 * 2**20, _system_config=warm)
+    functions.connect(num_cpus=2, num_gpus=2, object_store_memory=500 * 2**20, _system_config=warm)
     yield
     ray.shutdown()
 

@@ -379,6 +379,28 @@ def test_held_out_set_that_is_unusable(thin, cluster, s3, bucket, capsys, flags,
     assert line.startswith(f"error: s3://{bucket}{message}")
 
 
+def test_places_for_results_that_are_unusable(cluster, s3, bucket, capsys, tmp_path):
+    """Each is told before anything is loaded."""
+    (tmp_path / "file").write_text("of someone else")
+    for flags, message in (
+        (["--log-dir", "s3://b/curves"], "--log-dir s3://b/curves: name a local folder"),
+        (["--log-dir", tmp_path / "file"], f"--log-dir {tmp_path}/file: File exists"),
+        (["--log-dir", "/proc/x"], "--log-dir /proc/x: No such file or directory"),
+        (["--checkpoint-dir", "/proc/x"], "--checkpoint-dir /proc/x: No such file or directory"),
+        (["--export-dir", "/proc/x/y"], "--export-dir /proc/x/y: No such file or directory"),
+        (["--export-dir", tmp_path / "file"], f"--export-dir {tmp_path}/file: Not a directory"),
+        (
+            ["--export-dir", tmp_path],
+            f"--export-dir {tmp_path}: holds something else: name a new folder",
+        ),
+        (
+            ["--export-dir", "s3://none-such/x"],
+            "s3://none-such/x/saved_model.pb: no such bucket; check",
+        ),
+    ):
+        assert one_error(capsys, "--s3-bucket", bucket, *flags).startswith(f"error: {message}")
+
+
 # ---- workers and signals
 
 
@@ -396,7 +418,7 @@ LACK = "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room
 def test_more_workers_than_this_machine_holds(thin, cluster, small, capsys, monkeypatch):
     monkeypatch.setattr(thin, "NUM_WORKERS", 2)
     monkeypatch.setattr(thin, "CPUS_PER_WORKER", 3)
-    monkeypatch.setattr(thin, "connect", lambda: False)  # as if driver.py had started this Ray
+    monkeypatch.setattr(functions, "connect", lambda: False)  # as if driver.py had started this Ray
     assert one_error(capsys, *small) == f"error: {LACK}: lower NUM_WORKERS or add nodes"
 
 
@@ -423,7 +445,9 @@ def test_signal_while_ray_starts_waits_for_it(
     thin, cluster, small, capsys, monkeypatch, number, status
 ):
     """An interrupted ray.init can crash."""
-    monkeypatch.setattr(thin, "connect", lambda: os.kill(os.getpid(), number) or print("connected"))
+    monkeypatch.setattr(
+        functions, "connect", lambda: os.kill(os.getpid(), number) or print("connected")
+    )
     assert driver.main(small) == status
     assert capsys.readouterr() == ("Stopping after this step\nconnected\n", "")
 
@@ -436,7 +460,9 @@ def test_second_signal_does_not_wait():
     assert stop.signum == signal.SIGTERM
 
 
-def test_sigterm_stops_after_the_current_step(thin, cluster, small, capsys, monkeypatch):
+def test_sigterm_stops_after_the_current_step_and_exports(
+    thin, cluster, small, tmp_path, capsys, monkeypatch
+):
     apply, steps = alexnet.AlexNet.apply, []
 
     def signalled(*arguments):
@@ -446,9 +472,11 @@ def test_sigterm_stops_after_the_current_step(thin, cluster, small, capsys, monk
         apply(*arguments)
 
     monkeypatch.setattr(alexnet.AlexNet, "apply", signalled)
-    assert driver.main([*small, "--iterations", "9"]) == 143
+    assert driver.main([*small, "--iterations", "9", "--export-dir", str(tmp_path / "net")]) == 143
     out, err = capsys.readouterr()
     assert re.findall(r"^Iteration (\d): loss", out, re.M) == ["0", "1", "2"] and err == ""
+    assert (tmp_path / "net" / "saved_model.pb").exists()
+    assert out.endswith(f"Stopped at iteration 3: network in {tmp_path}/net\n")
 
 
 def test_ctrl_c_while_modules_are_imported():

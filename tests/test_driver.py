@@ -1,5 +1,7 @@
 """driver.py from end to end: real S3, Ray, TensorFlow and JPEGs, with a thin network."""
 
+import contextlib
+import io
 import re
 import shutil
 import subprocess
@@ -11,13 +13,15 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from conftest import THIN, checksums, train
+import tensorflow
+from conftest import THIN, checksums, thin_constants, train
 
 import alexnet
 import demo
 import driver
 import functions
 import imagenet
+from alexnet import tf
 
 
 def two_workers():
@@ -36,7 +40,8 @@ def test_the_whole_story(thin, cluster, photos, capsys):
     assert "120 images in 10 batches" in out
     assert re.findall(r"Shuffle round (\d) of 5 done", out) == list("12345")
     assert "2 workers; an iteration is 2 mini-batches of 20 images" in out
-    assert "Nothing is saved" in out
+    assert "The trained weights end with this run" in out
+    assert out.endswith("Stopped at iteration 5: nothing is saved\n")
     lines = re.findall(r"^Iteration (\d): loss = [\d.]+, [\d.]+ images/s, [\d.]+ s$", out, re.M)
     assert lines == list("01234")
     assert re.findall(r"^Iteration (\d): accuracy = [\d.]+%$", out, re.M) == list("024")
@@ -131,31 +136,109 @@ def test_each_worker_is_a_process_with_weights_from_one_object(thin, cluster):
     assert ray.get(labels, timeout=30).tolist() == [1]
 
 
-def test_validation_counts_every_held_out_image(
-    thin, cluster, s3, photos, tmp_path, capsys, monkeypatch
-):
-    """Against one session that takes all images at once."""
-    monkeypatch.setattr(thin, "VALIDATE_EVERY", 2)
-    monkeypatch.setattr(functions, "VALIDATION_PIECE", 7)
-    held_out = ["--val-prefix", "ILSVRC2012_img_train/n0150000", "--val-label-file", "train.txt"]
-    assert train(photos, "--iterations", 3, "--checkpoint-dir", tmp_path, *held_out) == 0
-    out = capsys.readouterr().out
-    lines = re.findall(r"^Iteration (\d): validation top-1 = (.*%), top-5 = (.*%)$", out, re.M)
-    assert [number for number, *_ in lines] == ["2", "3"]
+@pytest.fixture(scope="module")
+def finished(cluster, photos, tmp_path_factory):
+    """Output and folder of a run of three iterations that leaves all it can behind."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = ["--val-prefix", "ILSVRC2012_img_train/n0150000", "--val-label-file", "train.txt"]
+    flags += ["--checkpoint-dir", folder / "saved", "--log-dir", folder / "curves"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        thin_constants(patch)
+        patch.setattr(driver, "VALIDATE_EVERY", 2)
+        patch.setattr(functions, "VALIDATION_PIECE", 7)
+        assert train(photos, "--iterations", 3, "--export-dir", folder / "network", *flags) == 0
+    return out.getvalue(), folder
 
+
+@pytest.fixture(scope="module")
+def held_out(photos, finished):
+    """All images of that run uint8 [120, 256, 256, 3], which were held out too, and their labels."""
     labels, images, y_true = imagenet.read_labels(photos, "train.txt", 10), [], []
-    for key in imagenet.list_tars(photos, held_out[1])[0]:
+    for key in imagenet.list_tars(photos, "")[0]:
         decoded, names, _ = imagenet.decode_tar(imagenet.download(photos, key), (256, 256))
         images.append(decoded)
         y_true += [labels[name] for name in names]
-    images = np.concatenate(images)
-    mean = images.mean(axis=0).astype(np.float32)  # the held-out images are those of training here
+    return np.concatenate(images), np.array(y_true)
+
+
+@pytest.fixture(scope="module")
+def session(finished, held_out):
+    """One session with the weights of that run, and all images as it takes them."""
     network = alexnet.AlexNet(THIN, num_classes=10)
-    network.restore(alexnet.Checkpoints(str(tmp_path)).newest()[0])
-    centred = (images - mean)[:, 16:240, 16:240]
-    hits = network.count_hits(centred, functions.one_hot(np.array(y_true), 10))
+    network.restore(alexnet.Checkpoints(str(finished[1] / "saved")).newest()[0])
+    images, _ = held_out
+    return network, (images - images.mean(axis=0).astype(np.float32))[:, 16:240, 16:240]
+
+
+def test_validation_counts_every_held_out_image(finished, held_out, session):
+    """Against one session that takes all images at once."""
+    lines = re.findall(
+        r"^Iteration (\d): validation top-1 = (.*%), top-5 = (.*%)$", finished[0], re.MULTILINE
+    )
+    assert [number for number, *_ in lines] == ["2", "3"]
+    network, centred = session
+    hits = network.count_hits(centred, functions.one_hot(held_out[1], 10))
     assert lines[1][1:] == tuple(f"{count / 120:.1%}" for count in hits)
     assert 0 < hits[0] < hits[1] < 120
+
+
+def test_curves_have_what_is_printed(finished):
+    out, folder = finished
+    (events,) = (folder / "curves").iterdir()
+    points = {}
+    for event in tf.train.summary_iterator(str(events)):
+        points |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    every = {"loss", "learning rate", "images a second"}
+    every |= {f"seconds/{phase}" for phase in ("broadcast", "compute", "gather", "apply")}
+    assert set(points) == (
+        {(tag, iteration) for tag in every for iteration in range(3)}
+        | {("accuracy", iteration) for iteration in (0, 2)}
+        | {(f"validation top-{k}", iteration) for k in (1, 5) for iteration in (2, 3)}
+    )
+    for iteration in range(3):
+        loss, speed, seconds = re.search(
+            f"Iteration {iteration}: loss = (.*), (.*) images/s, (.*) s", out
+        ).groups()
+        assert f"{points['loss', iteration]:.3f}" == loss
+        assert f"{points['images a second', iteration]:.1f}" == speed
+        phases = [value for (tag, step), value in points.items() if "/" in tag and step == iteration]
+        assert f"{sum(phases):.2f}" == seconds
+    assert f"Iteration 2: accuracy = {points['accuracy', 2]:.1%}" in out
+    assert f"Iteration 3: validation top-1 = {points['validation top-1', 3]:.1%}" in out
+
+
+def test_exported_network_gives_the_sessions_probabilities(finished, held_out, session):
+    exported = tensorflow.saved_model.load(str(finished[1] / "network")).signatures["serving_default"]
+    got = exported(tf.constant(held_out[0][:50]))["probabilities"].numpy()
+    network, centred = session
+    logits = network.sess.run(network.logits, {network.images: centred[:50]})
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(got, powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket, session, tmp_path):
+    network, _ = session
+    mean = np.zeros((256, 256, 3), np.float32)
+    for place in (str(tmp_path / "network"), f"s3://{bucket}/deep/network"):
+        alexnet.SavedModel(place).write(network, mean + 100)
+        alexnet.SavedModel(place).write(network, mean)
+    assert [path.name for path in tmp_path.iterdir()] == ["network"]  # and no leftovers
+    for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]:
+        path = tmp_path / "s3" / obj["Key"].removeprefix("deep/network/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file(bucket, obj["Key"], str(path))
+    photo = tf.constant(np.full((1, 256, 256, 3), 7, np.uint8))
+    logits = network.sess.run(network.logits, {network.images: np.full((1, 224, 224, 3), 7.0)})
+    for copy in ("network", "s3"):
+        exported = tensorflow.saved_model.load(str(tmp_path / copy)).signatures["serving_default"]
+        assert np.ptp(np.log(exported(photo)["probabilities"].numpy()) - logits) < 1e-4
+
+
+def test_a_gpu_a_worker_changes_no_bit(thin, cluster, photos, finished, tmp_path, monkeypatch):
+    """The session's Ray counts GPUs that are none: TensorFlow goes on with the CPU."""
+    monkeypatch.setattr(thin, "GPUS_PER_WORKER", 1)
+    assert train(photos, "--iterations", 3, "--checkpoint-dir", tmp_path) == 0
+    assert checksums(tmp_path) == checksums(finished[1] / "saved")
 
 
 def test_learning_rate_drops(thin, cluster, photos, monkeypatch):
@@ -176,9 +259,9 @@ BEHIND_THE_CHECKOUT = """
 import sys
 from pathlib import Path
 import ray
-import driver
+import driver, functions
 
-driver.connect(num_cpus=1)
+functions.connect(num_cpus=1)
 checkout = Path(driver.__file__).resolve().parent
 checkout.rename(checkout.with_name("gone"))  # from here on, no node can see it
 

@@ -221,4 +221,5 @@ def test_room_counts_whole_workers_a_node(cluster):
     assert functions.room_for_workers(1, 0) == 2
     assert functions.room_for_workers(2, 0) == 1
     assert functions.room_for_workers(3, 0) == 0
-    assert functions.room_for_workers(1, 1) == 0
+    assert functions.room_for_workers(1, 1) == 2
+    assert functions.room_for_workers(1, 2) == 1
