@@ -266,7 +266,10 @@ def test_interrupt_saves_and_the_run_resumes_from_s3(
     at_iteration(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train_here(photos, place, 100_000) == 143
     output = capsys.readouterr()
-    assert "Iteration 6 is saved" in output.out and "Traceback" not in output.err
+    assert (
+        f"Stopped at iteration 6: checkpoints in {place}" in output.out
+        and "Traceback" not in output.err
+    )
     assert train_here(photos, place) == 0
     assert f"Resumed from {place} at iteration 6" in capsys.readouterr().out
     for key in ("data-00000-of-00001", "index"):
@@ -295,7 +298,8 @@ def test_loss_that_is_not_finite_ends_the_run(thin, cluster, photos, tmp_path, m
     monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 1)
     assert train_here(photos, tmp_path) == 2
     assert re.fullmatch(
-        r"error: iteration \d+: loss or gradient .* worker \d+: lower LEARNING_RATE\n",
+        r"error: iteration \d+: the (loss|gradient) of mini-batch \d is not finite, on worker \d: "
+        r"lower LEARNING_RATE\n",
         capsys.readouterr().err,
     )
 

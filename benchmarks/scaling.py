@@ -1,0 +1,141 @@
+"""What crosses between nodes in an iteration, and how long it takes where computing takes no time.
+
+    python benchmarks/scaling.py [--nodes 1 2 4 8] [--iterations 20]
+
+driver.py itself, on several Ray nodes of 2 workers each on this machine; its workers return arrays of
+the gradients' real size without computing them. Bytes are counted by Ray's object managers. After each
+iteration the driver stands still until their counters do. Weights and gradients are one set of 16
+arrays each, so all bytes are whole sets, and what is left over are mini-batches and small objects.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+import urllib.request
+from multiprocessing import get_context
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+
+import demo
+import functions
+
+WORKERS = 2  # on each node
+MINI_BATCH = 20
+WARM_UP = 3  # iterations
+STORE = 2500 * 2**20  # bytes of a node's object store
+SETTLED = 2.5  # seconds without a change, after which counters are final
+CROPS = MINI_BATCH * 224 * 224 * 3  # bytes of a mini-batch
+
+
+@ray.remote
+class Returner:
+    """A worker without a network: it returns the weights, which have the gradients' sizes."""
+
+    def __init__(self, network):
+        pass
+
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+    def update_weights(self, iteration, *weights):
+        pass
+
+    def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
+        return ray.get(list(weightrefs)), 0.0
+
+
+def counters():
+    """Bytes that each node's object manager has received and sent so far: int [nodes, 2]."""
+    rows = []
+    for node in ray.nodes():
+        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        found = re.findall(r'^ray_object_manager_bytes\{.*Type="(\w+)".*\} (\S+)$', text, re.M)
+        received = sum(float(value) for kind, value in found if kind == "Received")
+        pushed = sum(float(value) for kind, value in found if kind.startswith("PushedFromLocal"))
+        rows.append((received, pushed))
+    return np.array(rows)
+
+
+def settled_counters():
+    """The counters, once they stand still."""
+    last, since = counters(), time.monotonic()
+    while time.monotonic() - since < SETTLED:
+        time.sleep(0.2)
+        now = counters()
+        if (now != last).any():
+            last, since = now, time.monotonic()
+    return last
+
+
+def measure(pipe, nodes, iterations):
+    """Run driver.py on so many nodes; sends a list of (seconds, bytes [nodes, 2]) of each iteration."""
+    import driver
+
+    functions.Worker = Returner
+    driver.NUM_WORKERS, driver.MINI_BATCH, driver.ACCURACY_EVERY = WORKERS * nodes, MINI_BATCH, 10**9
+    driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = "float32", 0.0, 0.0
+    rows, before = [], None
+
+    def gate(text, **_):
+        nonlocal before
+        if match := re.match(r"Iteration \d+: loss.* (\S+) s$", text):
+            now = settled_counters()
+            if before is not None:
+                rows.append((float(match[1]), now - before))
+            before = now
+
+    driver.print = gate
+    size = {"num_cpus": WORKERS, "object_store_memory": STORE}
+    with demo.s3_server() as environment:
+        os.environ.update(environment)
+        demo.fill_bucket(demo.s3_client(environment), "scaling", images_per_class=60)
+        quick = {"metrics_report_interval_ms": 500}
+        cluster = Cluster(initialize_head=True, head_node_args=size | {"_system_config": quick})
+        for _ in range(nodes - 1):
+            cluster.add_node(**size)
+        os.environ["RAY_ADDRESS"] = cluster.address
+        driver.main(["--s3-bucket", "scaling", "--iterations", str(WARM_UP + iterations)])
+        head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
+        cluster.shutdown()
+    pipe.send((head, rows[-iterations:]))
+
+
+def main():
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description="Measure what crosses between nodes.")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--iterations", type=int, default=20)
+    args = parser.parse_args()
+    import alexnet
+
+    shapes = alexnet.weight_shapes(alexnet.LAYERS, 1000)
+    one_set = 4 * sum(int(np.prod(shape)) for shape in shapes)
+    print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB; a mini-batch: {CROPS / 1e6:.1f} MB")
+    print("nodes  gradient sets   weight sets     all sets  mini-batch MB  seconds an iteration")
+    for nodes in args.nodes:
+        ours, theirs = get_context("spawn").Pipe()
+        process = get_context("spawn").Process(target=measure, args=(theirs, nodes, args.iterations))
+        process.start()
+        theirs.close()
+        head, rows = ours.recv()
+        process.join()
+        seconds = [row[0] for row in rows]
+        moved = np.array([row[1] for row in rows])  # [iterations, nodes, 2]
+        into, out, everything = moved[:, head, 0], moved[:, head, 1], moved[:, :, 0].sum(axis=1)
+        sets = [np.median(values // one_set) for values in (into, out, everything)]
+        rest = np.median(everything % one_set) / 1e6
+        spread = f"{np.median(seconds):.2f} [{min(seconds):.2f}..{max(seconds):.2f}]"
+        print(f"{nodes:5}  {sets[0]:13.0f} {sets[1]:13.0f} {sets[2]:12.0f} {rest:14.1f}  {spread}")
+
+
+if __name__ == "__main__":
+    main()
