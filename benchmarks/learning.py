@@ -6,7 +6,7 @@ FOLDER is laid out like the bucket: tars below ILSVRC2012_img_train/ and ILSVRC2
 and val.txt. Runs one after the other, with as many images each:
 
     ours       driver.py itself, 2 workers, its constants as they stand
-    reference  the same network in Keras, in one process: the same initial weights, kinds of crops, rates
+    reference  the same network in Keras, in one process: the same initial weights, crops, rates
                and number of images, with Keras's own layers, dropout, loss and optimizer
 
 With --losses N, the first N float32 losses of driver.py stand beside those of one TensorFlow session on
