@@ -322,7 +322,8 @@ def mean_of(sets, count, weights, decay, means):
         total = np.add(*parts, out=mean) if len(parts) == 2 else parts[0]
         np.multiply(total, np.float32(1 / count), out=mean)
         mean += np.float32(decays[variable]) * weight
-        return np.dot(mean, mean)  # not finite if any value is not, in the fastest way
+        with np.errstate(all="ignore"):
+            return np.dot(mean, mean)  # not finite if any value is not, in the fastest way
 
     places = [(i, start) for i, mean in enumerate(flat[0]) for start in range(0, mean.size, BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
