@@ -34,10 +34,11 @@ ACCURACY_EVERY = 10  # iterations between two accuracies
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
 VALIDATE_EVERY = 1000  # iterations between two validations; the last iteration is followed by one
 CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
-LEARNING_RATE = 0.0025  # step size; the paper's 0.01 is for mini-batches of 128 images
+LEARNING_RATE = 0.005  # step size; the paper's 0.01 is for mini-batches of 128 images
 LEARNING_RATE_DROPS = ()  # iterations from which on it is a tenth of what it was (paper, section 5)
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
 WEIGHT_DECAY = 5e-4  # pull of the kernels towards zero, added to the mean gradient (paper, section 5)
+CLIP_NORM = 10.0  # a mean gradient that is longer is shortened to it, or the loss can jump back
 PRECISION = None  # of products: "float32" or "bfloat16"; None: the faster one on the CPUs found
 KEEP_PROBABILITY = 0.5  # of a unit, in dropout after the first two fully connected layers
 INITIAL_WEIGHTS = "he"  # "he", or a standard deviation; the write-up's 0.1 learns nothing
@@ -144,7 +145,7 @@ def train(args, stop, joined):
         watch.lap("compute")
 
         # Their mean, plus weight decay, trains the local network.
-        gradients = workers.mean_gradients(WEIGHT_DECAY)
+        gradients, norm = workers.mean_gradients(WEIGHT_DECAY, CLIP_NORM)
         watch.lap("gather")
         rate = LEARNING_RATE / 10 ** sum(iteration >= drop for drop in LEARNING_RATE_DROPS)
         local.apply(gradients, rate)
@@ -154,7 +155,8 @@ def train(args, stop, joined):
         loss, speed = np.mean(losses), mini_batches * MINI_BATCH / seconds
         print(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
         if curves:
-            scalars = {"loss": loss, "learning rate": rate, "images a second": speed} | watch.seconds
+            scalars = {"loss": loss, "gradient norm": norm, "learning rate": rate}
+            scalars |= {"images a second": speed} | watch.seconds
             curves.add(iteration, scalars | ({"accuracy": workers.accuracy} if due else {}))
         iteration, minibatches = iteration + 1, upcoming
 

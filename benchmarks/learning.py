@@ -132,7 +132,8 @@ def reference(args):
     rng = functions.generator(args.seed, "initial weights")
     start = alexnet.initial_weights(alexnet.LAYERS, driver.NUM_CLASSES, driver.INITIAL_WEIGHTS, rng)
     model.set_weights([w.reshape(v.shape) for w, v in zip(start, model.get_weights(), strict=True)])
-    optimizer = tf.keras.optimizers.SGD(driver.LEARNING_RATE, driver.MOMENTUM)
+    clip = {"global_clipnorm": driver.CLIP_NORM}
+    optimizer = tf.keras.optimizers.SGD(driver.LEARNING_RATE, driver.MOMENTUM, **clip)
     loss_of = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     @tf.function
@@ -224,7 +225,9 @@ def first_losses(args):
         gradients = [sum(parts) / len(parts) for parts in zip(*(g for g, _ in got), strict=True)]
         decays = [driver.WEIGHT_DECAY if weight.ndim > 1 else 0 for weight in weights]
         decayed = [g + d * w for g, d, w in zip(gradients, decays, weights, strict=True)]
-        network.apply(decayed, driver.LEARNING_RATE)
+        norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in decayed))
+        shorter = min(1.0, driver.CLIP_NORM / norm)
+        network.apply([g * np.float32(shorter) for g in decayed], driver.LEARNING_RATE)
         rows.append((iteration, np.mean(theirs), np.mean([loss for _, loss in got])))
     return rows
 

@@ -113,7 +113,7 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(thin, clu
     workers = two_workers()
     workers.update_weights(0, [ray.put(w) for w in weights])
     losses = workers.compute_grad([ray.put(m) for m in minibatches], ray.put(mean), 1.0, 0)
-    got = workers.mean_gradients(0.0)
+    got, norm = workers.mean_gradients(0.0, np.inf)
 
     local = alexnet.AlexNet(**network)
     local.initialize(weights)
@@ -123,6 +123,12 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(thin, clu
     assert np.mean(losses) == pytest.approx(loss, rel=1e-5)
     for a, b in zip(got, union, strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+    workers.compute_grad([ray.put(m) for m in minibatches], ray.put(mean), 1.0, 0)
+    clipped, same_norm = workers.mean_gradients(0.0, norm / 2)
+    assert same_norm == norm
+    for a, b in zip(clipped, union, strict=True):
+        assert np.linalg.norm(a - b / 2) <= 1e-5 * np.linalg.norm(b)
 
 
 def test_each_worker_is_a_process_with_weights_from_one_object(thin, cluster):
@@ -188,7 +194,7 @@ def test_curves_have_what_is_printed(finished):
     points = {}
     for event in tf.train.summary_iterator(str(events)):
         points |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    every = {"loss", "learning rate", "images a second"}
+    every = {"loss", "gradient norm", "learning rate", "images a second"}
     every |= {f"seconds/{phase}" for phase in ("broadcast", "compute", "gather", "apply")}
     assert set(points) == (
         {(tag, iteration) for tag in every for iteration in range(3)}
