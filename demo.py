@@ -63,12 +63,17 @@ def make_tar(files):
     return data.getvalue()
 
 
+def free_port():
+    """A port of loopback that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def s3_server(log=subprocess.DEVNULL):
     """Run moto's S3 server as a process on a free port of loopback; yields its environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
