@@ -378,6 +378,7 @@ class Worker:
     def __init__(self, network):
         import alexnet  # here, so that data tasks start without TensorFlow
 
+        alexnet.keep_memory()
         self.network = alexnet.AlexNet(**network)
         self.num_classes = network["num_classes"]
         self.iteration = None

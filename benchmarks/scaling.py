@@ -31,7 +31,7 @@ import functions
 WORKERS = 2  # on each node
 MINI_BATCH = 20
 WARM_UP = 3  # iterations
-STORE = 2500 * 2**20  # bytes of a node's object store
+STORE = 1500 * 2**20  # bytes of a node's object store: eight fit into 24 GiB
 SETTLED = 1.5  # seconds without a change, after which counters are final
 CROPS = MINI_BATCH * 224 * 224 * 3  # bytes of a mini-batch
 
