@@ -194,7 +194,7 @@ def first_losses(args):
     import driver
     import functions
 
-    minibatches, losses, means = [], [], []
+    minibatches, losses, mean_images, means = [], [], [], []
     draw, compute = functions.Helpers.draw_minibatches, functions.Workers.compute_grad
 
     def noted_draw(self, *arguments):
@@ -204,12 +204,15 @@ def first_losses(args):
 
     def noted_compute(self, minibatch, mean, *arguments):
         losses.append(compute(self, minibatch, mean, *arguments))
-        means[:] = [ray.get(mean).copy()]
+        mean_images[:] = [ray.get(mean).copy()]
         return losses[-1]
 
     functions.Helpers.draw_minibatches, functions.Workers.compute_grad = noted_draw, noted_compute
+    # A worker's number of threads, which a process's first session fixes: others round otherwise,
+    # and training amplifies the difference.
+    options = {"num_classes": driver.NUM_CLASSES, "momentum": driver.MOMENTUM}
+    network = alexnet.AlexNet(**options, threads=driver.CPUS_PER_WORKER)
     drive(args, args.losses)
-    network = alexnet.AlexNet(num_classes=driver.NUM_CLASSES, momentum=driver.MOMENTUM, threads=2)
     rng = functions.generator(driver.SEED, "initial weights")
     start = alexnet.initial_weights(alexnet.LAYERS, driver.NUM_CLASSES, driver.INITIAL_WEIGHTS, rng)
     network.initialize(start)
@@ -217,17 +220,16 @@ def first_losses(args):
     for iteration, theirs in enumerate(losses):
         got = []
         for index, (pixels, labels, crops) in enumerate(minibatches[iteration]):
-            images = functions.subtract_mean(pixels, crops, means[0])
+            images = functions.subtract_mean(pixels, crops, mean_images[0])
             y_true = functions.one_hot(labels, driver.NUM_CLASSES)
             seed = functions.dropout_seed(driver.SEED, iteration, index)
             got.append(network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed))
         weights = network.weights()
-        gradients = [sum(parts) / len(parts) for parts in zip(*(g for g, _ in got), strict=True)]
-        decays = [driver.WEIGHT_DECAY if weight.ndim > 1 else 0 for weight in weights]
-        decayed = [g + d * w for g, d, w in zip(gradients, decays, weights, strict=True)]
-        norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in decayed))
-        shorter = min(1.0, driver.CLIP_NORM / norm)
-        network.apply([g * np.float32(shorter) for g in decayed], driver.LEARNING_RATE)
+        means = means or [np.empty_like(weight) for weight in weights]
+        gradients = [gradients for gradients, _ in got]
+        norm = functions.mean_of(gradients, len(got), weights, driver.WEIGHT_DECAY, means)
+        shorter = np.float32(min(1.0, driver.CLIP_NORM / norm))
+        network.apply([mean * shorter for mean in means], driver.LEARNING_RATE)
         rows.append((iteration, np.mean(theirs), np.mean([loss for _, loss in got])))
     return rows
 
