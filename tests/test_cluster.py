@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_cluster_yaml_is_of_rays_schema_and_of_the_same_ray():
 @pytest.fixture
 def head(s3, tmp_path):
     """The job address of two nodes that `ray start` has started with a token, and what reaches them."""
-    ray = Path(sys.executable).with_name("ray")
+    ray, folder = Path(sys.executable).with_name("ray"), tempfile.mkdtemp()  # sockets want a short path
     port, dashboard = demo.free_port(), demo.free_port()
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-this-test-alone-0123456789"}
@@ -40,14 +41,18 @@ def head(s3, tmp_path):
     first = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
     started = []
     for name, options in ("first", first), ("second", [f"--address=127.0.0.1:{port}"]):
+        agent = demo.free_port()  # two nodes on one machine share neither this port nor a folder
+        options += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}/{name}"]
         with (tmp_path / name).open("w") as log:
             command = [ray, "start", *options, *size]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        wait_for(port if name == "first" else dashboard)
+        wait_for(agent)
+    wait_for(dashboard)
     yield f"http://127.0.0.1:{dashboard}", environment
     for process in reversed(started):
         process.terminate()
         process.wait(60)
+    shutil.rmtree(folder)
 
 
 def wait_for(port):
