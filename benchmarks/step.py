@@ -11,6 +11,7 @@ Ours is driver.py itself, with 2 workers of one CPU; the others are
 Each keeps its input ready in memory, where driver.py draws and crops its own. All are up all the time
 and take turns, so that a change of the machine's mood hits all alike; who waits uses no CPU. Prints
 medians and, in brackets, the least and the most; a ratio is the median of the ratios of neighbours.
+Last come the median seconds of the phases of our iteration.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def serve(pipe, step):
         for _ in range(count):
             step()
         pipe.send((time.perf_counter() - start) / count)
+    pipe.send(None)
 
 
 # ---- the peers; each function is a process: (pipe, rank, port, mini-batch, precision, norm)
@@ -79,7 +81,14 @@ def serve(pipe, step):
 def ours(pipe, rank, port, mini_batch, precision, norm):
     """driver.py, which stands still where it would print an iteration's line until it is asked on."""
     import driver
+    import functions
 
+    class Noted(functions.Stopwatch):
+        def __init__(self):
+            super().__init__()
+            iterations.append(self.seconds)
+
+    functions.Stopwatch, iterations = Noted, []
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.PRECISION = WORKERS, mini_batch, precision
     driver.LAYERS = layers(norm)
     driver.ACCURACY_EVERY = 10**9
@@ -94,6 +103,8 @@ def ours(pipe, rank, port, mini_batch, precision, norm):
             pipe.send(start and (time.perf_counter() - start[0]) / start[1])
             due = pipe.recv()
             if not due:
+                phases = iterations[0]
+                pipe.send({p: np.median([i[p] for i in iterations[WARM_UP:]]) for p in phases})
                 os.kill(os.getpid(), 2)  # Ctrl-C: it stops after this step
                 due = -1
             start = time.perf_counter(), due
@@ -257,8 +268,10 @@ class Peer:
         return max(self._answers())
 
     def end(self):
+        """End the processes; the median seconds of each phase, of ours."""
         for pipe in self._pipes:
             pipe.send(0)
+        return self._answers()[0]
 
 
 def free_ports():
@@ -297,8 +310,7 @@ def main():
     for _ in range(args.repeats):
         for name, peer in peers.items():
             speeds[name].append(WORKERS * args.mini_batch / peer.seconds(args.steps))
-    for peer in peers.values():
-        peer.end()
+    phases = [peer.end() for peer in peers.values()][0]
     norm = "without normalisation" if args.no_norm else "the paper's normalisation"
     print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}, {norm}: images/s")
     targets = TARGETS.get((args.mini_batch, args.precision), {})
@@ -311,6 +323,7 @@ def main():
             line += f", target {targets[name]}: "
             line += "met" if np.median(ratio) >= targets[name] else "MISSED"
         print(line)
+    print("of our iteration:", ", ".join(f"{name} {value:.3f}" for name, value in phases.items()))
 
 
 if __name__ == "__main__":
