@@ -258,9 +258,9 @@ def report_loading(bucket, report_refs):
             if isinstance(error.cause, InputError):
                 raise error.cause from None
             raise
-        bar.update()
         images = sum(report["images"] for report in reports)
-        bar.set_postfix(images=images)
+        bar.set_postfix(images=images, refresh=False)
+        bar.update()
         if bar.disable and len(reports) * 10 // len(report_refs) > (len(reports) - 1) * 10 // len(
             report_refs
         ):

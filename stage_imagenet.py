@@ -138,8 +138,8 @@ def stage_tars(name, tars, folder, there, side):
                         f"{image.path}: {one_line(image.name)} is in {wnids[image.name]}, too; the "
                         "driver tells images by their name alone, so rename one"
                     )
+            bar.set_postfix(uploaded=uploaded, refresh=False)
             bar.update()
-            bar.set_postfix(uploaded=uploaded)
             if bar.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
                 print(f"Staging {name}: {done} of {len(tars)} tars, {uploaded} uploaded", flush=True)
     finally:
