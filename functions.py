@@ -169,11 +169,16 @@ def load_held_out(bucket, prefix, label_file, num_classes, **options):
 def shuffle_round(batches, seed, number, **options):
     """Permute the batches and mix them two by two, disjointly; an odd one out waits for the next round.
 
-    The write-up pairs the permuted list with the original one, where a batch stands in two pairs:
-    images are lost and doubled. Returns the new list, as long as before.
+    Round 0 permutes at random. A later one deals the list into two, so that two batches that were just
+    mixed with each other meet new ones, and after r rounds a batch has images of 2^r. The write-up
+    permutes at random each time, where partners meet again, and pairs the permuted list with the
+    original one, where a batch stands in two pairs: images are lost and doubled. Returns the new list,
+    as long as before.
     """
-    order = generator(seed, "permute", number).permutation(len(batches))
-    permuted = [batches[i] for i in order]
+    if number == 0:
+        permuted = [batches[i] for i in generator(seed, "permute").permutation(len(batches))]
+    else:
+        permuted = batches[::2] + batches[1::2]
     mix = shuffle_pair.options(num_returns=4, **options)
     mixed = permuted[len(permuted) // 2 * 2 :]
     for pair in range(len(permuted) // 2):

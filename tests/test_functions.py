@@ -69,6 +69,15 @@ def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(cluster):
         assert len({image // 50 for image in a}) == 2
 
 
+def test_after_three_rounds_a_batch_has_images_of_eight(cluster):
+    batches = put_batches([160] * 8, side=1)
+    for number in range(3):
+        batches = functions.shuffle_round(batches, 0, number)
+    for labels in ray.get([batch.labels for batch in batches]):
+        counts = np.bincount(labels // 160, minlength=8)
+        assert counts.min() >= 8 and counts.max() <= 34  # 20 are due
+
+
 def test_an_odd_batch_out_takes_part_in_another_round(cluster):
     batches = put_batches([40] * 3, side=2)
     for number in range(5):
