@@ -117,6 +117,23 @@ def forward(images, parameters, layers, dropout=lambda x, layer: x):
     return tf.matmul(x, next(weights)) + next(weights)
 
 
+class Momentum(tf.train.MomentumOptimizer):
+    """The paper's rule, section 5: v = m v - rate g, w = w + v. Momentum keeps steps, rates and all.
+
+    TensorFlow's own optimizer keeps sums of gradients, to which a new rate applies at once.
+    """
+
+    def _resource_apply_dense(self, gradient, variable):
+        velocity = self.get_slot(variable, "momentum")
+        return tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.handle,
+            accum=velocity.handle,
+            lr=self._learning_rate_tensor,
+            grad=gradient,
+            momentum=self._momentum_tensor,
+        )
+
+
 class AlexNet:
     """The network, its session and the operations that the driver and the workers run.
 
@@ -224,7 +241,7 @@ class AlexNet:
         near = tf.math.in_top_k(logits, tf.argmax(self.y_true, 1), min(5, num_classes))
         self.hits = [tf.reduce_sum(tf.cast(right, tf.int32)) for right in (hits, near)]
 
-        optimizer = tf.train.MomentumOptimizer(self.learning_rate, momentum)
+        optimizer = Momentum(self.learning_rate, momentum)
         self.compgrads = optimizer.compute_gradients(self.loss, self.parameters)
         self.application = optimizer.apply_gradients(pairs)
         self.initializer = tf.variables_initializer(optimizer.variables())

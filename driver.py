@@ -130,8 +130,7 @@ def train(args, stop, joined):
         watch = functions.Stopwatch()
 
         # The local network's weights go into the object store once, and from there to every worker.
-        weightrefs = [ray.put(weight) for weight in local.weights()]
-        workers.update_weights(iteration, weightrefs)
+        workers.update_weights(iteration, ray.put(local.weights()))
 
         # The accuracy of these weights on a random batch, beside the training.
         if due := iteration % ACCURACY_EVERY == 0:
@@ -145,10 +144,10 @@ def train(args, stop, joined):
         watch.lap("compute")
 
         # Their mean, plus weight decay, trains the local network.
-        gradients, norm = workers.mean_gradients(WEIGHT_DECAY, CLIP_NORM)
+        gradients, norm = workers.mean_gradients(WEIGHT_DECAY)
         watch.lap("gather")
         rate = LEARNING_RATE / 10 ** sum(iteration >= drop for drop in LEARNING_RATE_DROPS)
-        local.apply(gradients, rate)
+        local.apply(gradients, rate * CLIP_NORM / max(norm, CLIP_NORM))
         watch.lap("apply")
 
         seconds = sum(watch.seconds.values())
@@ -165,7 +164,7 @@ def train(args, stop, joined):
             facts |= {"iteration": iteration, "precision": precision, "run": run}
             checkpoints.save(iteration, local.state(), facts)
         if held_out and (iteration == args.iterations or iteration % VALIDATE_EVERY == 0):
-            workers.update_weights(iteration, [ray.put(weight) for weight in local.weights()])
+            workers.update_weights(iteration, ray.put(local.weights()))
             top1, top5 = workers.validate(held_out, mean)
             print(f"Iteration {iteration}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
             if curves:

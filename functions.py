@@ -13,6 +13,7 @@ from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import ray
 from ray.exceptions import (
@@ -256,6 +257,10 @@ class Helper:
         pixels = [crop_image(images[i], crop) for i, crop in zip(chosen, crops, strict=True)]
         return np.stack(pixels), labels[chosen], crops
 
+    def fetch(self, refs, *before):
+        """Copy objects to this node, once the calls `before` are done."""
+        ray.get(refs)
+
     def add_gradients(self, a, b):
         """The sums of two lists of arrays, variable by variable."""
         return [x + y for x, y in zip(a, b, strict=True)]
@@ -294,6 +299,20 @@ class Helpers:
         """A reference to at most `size` images of a random batch, for an accuracy."""
         batch = random_batch(batches, seed, "accuracy", iteration)
         return self.at(batch.images).draw_minibatch.remote(batch.images, batch.labels, size)
+
+    def pass_on(self, ref, nodes):
+        """Copy an object from here to other nodes, in rounds: in each, as many as have it by then.
+
+        Ray copies from any node that has it, so that about one copy a round leaves this node, not one
+        a node. Returns a dict: node -> reference that resolves once it is there; None for this node.
+        """
+        there, before = {self.here: None}, []
+        rest = [node for node in nodes if node != self.here]
+        while rest:
+            now, rest = rest[: len(there)], rest[len(there) :]
+            before = [self.on(node).fetch.remote([ref], *before) for node in now]
+            there |= zip(now, before, strict=True)
+        return there
 
     def add_gradients(self, gradients, nodes):
         """Sets of gradients, added up to two or one, as values; from references and where they lie.
@@ -349,10 +368,10 @@ def random_batch(batches, *key):
 
 
 def crop_image(image, crop):
-    """A view of 224x224 pixels of an image [256, 256, 3]; `crop` is (top, left, mirrored)."""
+    """224x224 pixels of an image [256, 256, 3], which `crop`, (top, left, mirrored), chooses."""
     top, left, mirrored = crop
     image = image[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
-    return image[:, ::-1] if mirrored else image
+    return cv2.flip(image, 1) if mirrored else image
 
 
 def centre_crops(images, count):
@@ -376,8 +395,8 @@ def subtract_mean(pixels, crops, mean):
 class Worker:
     """An actor: one network in its own session, in its own process, for as long as the run lasts.
 
-    Every request carries the references of the weights that it is about, so a worker that was
-    restarted, and missed `update_weights`, loads them first: it never computes on other weights.
+    Every request carries the reference of the weights that it is about, so a worker that was restarted,
+    and missed `update_weights`, loads them first: it never computes on other weights.
     """
 
     def __init__(self, network):
@@ -392,18 +411,20 @@ class Worker:
         """The id of the node, once the network is built."""
         return ray.get_runtime_context().get_node_id()
 
-    def update_weights(self, iteration, *weights):
-        """Load an iteration's weights: views of the object store, which TensorFlow uses in place."""
-        self.network.update_weights(weights)
-        self.iteration = iteration
+    def update_weights(self, iteration, weightrefs, there=None):
+        """Load an iteration's weights, if it has not: TensorFlow uses the object store's in place.
 
-    def _load(self, iteration, weightrefs):
+        `weightrefs` is a list that holds their reference: Ray fetches a bare one before it calls.
+        `there` is what it waits for instead, until they have been passed on to this node.
+        """
         if self.iteration != iteration:
-            self.update_weights(iteration, *ray.get(list(weightrefs)))
+            [weights] = ray.get(weightrefs)
+            self.network.update_weights(weights)
+            self.iteration = iteration
 
     def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
         """The 16 gradients of a mini-batch's mean loss, a list of float32 arrays, and that loss."""
-        self._load(iteration, weightrefs)
+        self.update_weights(iteration, weightrefs)
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
         y_true = one_hot(labels, self.num_classes)
@@ -411,14 +432,14 @@ class Worker:
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
         """The share of a mini-batch's images whose top-1 class is right."""
-        self._load(iteration, weightrefs)
+        self.update_weights(iteration, weightrefs)
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
         return self.network.compute_accuracy(images, one_hot(labels, self.num_classes))
 
     def count_hits(self, iteration, weightrefs, images, labels, start, stop, mean):
         """How many of a batch's images `start` to `stop` are right, top-1 and top-5: int [2]."""
-        self._load(iteration, weightrefs)
+        self.update_weights(iteration, weightrefs)
         hits = np.zeros(2, int)
         for first in range(start, stop, VALIDATION_STEP):
             chosen = np.arange(first, min(first + VALIDATION_STEP, stop))
@@ -444,7 +465,7 @@ class Workers:
         """
         self.count, self._share, self._network, self._helpers = count, share, network, helpers
         self._timeout, self._report = timeout, report
-        self._weights = None  # iteration, references of its weights
+        self._weights = None  # iteration, a list with the reference of its weights
         self._aside = []  # requests to run beside the next gradients
         self.accuracy = None  # the newest that print_accuracy has measured
         self._requests, self._results = [], []  # those of this iteration's gradients
@@ -511,12 +532,13 @@ class Workers:
                 self._report(f"{lack}: waiting up to {seconds} s for more nodes")
                 announced = True
 
-    def update_weights(self, iteration, weightrefs):
+    def update_weights(self, iteration, weightref):
         """Tell every worker to load an iteration's weights, which the next requests are about."""
         self._admit(timeout=0)
-        self._weights = iteration, weightrefs
-        for worker in self._up.values():
-            worker.update_weights.remote(iteration, *weightrefs)
+        self._weights = iteration, [weightref]
+        there = self._helpers.pass_on(weightref, sorted({self._nodes[number] for number in self._up}))
+        for number, worker in self._up.items():
+            worker.update_weights.remote(*self._weights, there[self._nodes[number]])
 
     def print_accuracy(self, minibatch, mean):
         """Have one worker measure the accuracy of the weights just loaded, beside the next gradients.
@@ -559,27 +581,25 @@ class Workers:
         self._check(np.isfinite(losses), "loss")
         return losses
 
-    def mean_gradients(self, weight_decay, clip_norm):
+    def mean_gradients(self, weight_decay):
         """The mean of the gradients just computed, plus weight decay, and its norm.
 
-        The mean is a list of 16 float32 arrays, finite, and together shortened to `clip_norm` if they
-        are longer; the next call uses the arrays again. Gradients that a node took along when it died
-        are computed again.
+        The mean is a list of 16 float32 arrays, finite; the next call uses them again. Gradients that a
+        node took along when it died are computed again.
         """
         iteration, weightrefs = self._weights
         for _ in range(CRASHES_IN_A_ROW):
             try:
                 gradients = [refs[0] for *_, refs in self._results]
                 nodes = [self._nodes[number] for _, number, _ in self._results]
-                sets, weights = self._helpers.add_gradients(gradients, nodes), ray.get(weightrefs)
+                sets = self._helpers.add_gradients(gradients, nodes)
+                [weights] = ray.get(weightrefs)
                 self._means = self._means or [np.empty_like(weight) for weight in weights]
                 norm = mean_of(sets, len(gradients), weights, weight_decay, self._means)
                 if not math.isfinite(norm):
                     self._check([all_finite(ray.get(ref)) for ref in gradients], "gradient")
                     raise WorkerError(f"iteration {iteration}: the gradients' sum is not finite")
                 self._results = []  # their references would keep the gradients in the object store
-                for mean in self._means if norm > clip_norm else []:
-                    mean *= np.float32(clip_norm / norm)
                 return self._means, norm
             except (ObjectLostError, RayActorError, RayTaskError) as error:
                 lost = getattr(error, "cause", error)

@@ -228,8 +228,7 @@ def first_losses(args):
         means = means or [np.empty_like(weight) for weight in weights]
         gradients = [gradients for gradients, _ in got]
         norm = functions.mean_of(gradients, len(got), weights, driver.WEIGHT_DECAY, means)
-        shorter = np.float32(min(1.0, driver.CLIP_NORM / norm))
-        network.apply([mean * shorter for mean in means], driver.LEARNING_RATE)
+        network.apply(means, driver.LEARNING_RATE * driver.CLIP_NORM / max(norm, driver.CLIP_NORM))
         rows.append((iteration, np.mean(theirs), np.mean([loss for _, loss in got])))
     return rows
 

@@ -46,11 +46,11 @@ class Returner:
     def node(self):
         return ray.get_runtime_context().get_node_id()
 
-    def update_weights(self, iteration, *weights):
+    def update_weights(self, iteration, weightrefs, there):
         pass
 
     def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
-        return ray.get(list(weightrefs)), 0.0
+        return ray.get(weightrefs)[0], 0.0
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
         return 0.0

@@ -71,7 +71,7 @@ def main():
         batches.append(functions.Batch(images, ray.put(rng.integers(0, NUM_CLASSES, count)), count))
     mean = ray.put(np.full((256, 256, 3), 120, np.float32))
     weights = alexnet.initial_weights(alexnet.LAYERS, NUM_CLASSES, "he", rng)
-    workers.update_weights(0, [ray.put(weight) for weight in weights])
+    workers.update_weights(0, ray.put(weights))
     workers.validate(batches, mean)
 
     seconds = []

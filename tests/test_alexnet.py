@@ -117,6 +117,9 @@ def test_apply_is_sgd_with_momentum():
     for a, b, c in zip(w0, w1, network.weights(), strict=True):
         np.testing.assert_allclose(b, a - 0.1, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(c, b - 0.1 * 1.9, rtol=1e-5, atol=1e-7)
+    network.apply(gradients, 0.01)  # what momentum keeps are steps at the rate of their time
+    for a, b in zip(w0, network.weights(), strict=True):
+        np.testing.assert_allclose(b, a - 0.1 - 0.19 - (0.9 * 0.19 + 0.01), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_is_near_float32_and_not_the_same():

@@ -111,9 +111,9 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(thin, clu
     weights = alexnet.initial_weights(THIN, 10, "he", rng)
     network = {"layers": THIN, "num_classes": 10}
     workers = two_workers()
-    workers.update_weights(0, [ray.put(w) for w in weights])
+    workers.update_weights(0, ray.put(weights))
     losses = workers.compute_grad([ray.put(m) for m in minibatches], ray.put(mean), 1.0, 0)
-    got, norm = workers.mean_gradients(0.0, np.inf)
+    got, norm = workers.mean_gradients(0.0)
 
     local = alexnet.AlexNet(**network)
     local.initialize(weights)
@@ -123,12 +123,36 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(thin, clu
     assert np.mean(losses) == pytest.approx(loss, rel=1e-5)
     for a, b in zip(got, union, strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+    assert norm == pytest.approx(np.sqrt(sum(np.vdot(b, b) for b in union)), rel=1e-5)
 
-    workers.compute_grad([ray.put(m) for m in minibatches], ray.put(mean), 1.0, 0)
-    clipped, same_norm = workers.mean_gradients(0.0, norm / 2)
-    assert same_norm == norm
-    for a, b in zip(clipped, union, strict=True):
-        assert np.linalg.norm(a - b / 2) <= 1e-5 * np.linalg.norm(b)
+
+def test_a_longer_mean_gradient_is_shortened(thin, cluster, photos, monkeypatch):
+    """The first step is as long as LEARNING_RATE times CLIP_NORM, or times the norm if that is less."""
+    steps = []
+    for clip in (0.1, 1e9):
+        weights, norms = [], []
+        apply, mean = alexnet.AlexNet.apply, functions.Workers.mean_gradients
+
+        def noted_apply(self, *arguments, weights=weights, apply=apply):
+            weights.append(self.weights())
+            apply(self, *arguments)
+            weights.append(self.weights())
+
+        def noted_mean(self, *arguments, norms=norms, mean=mean):
+            means, norm = mean(self, *arguments)
+            norms.append(norm)
+            return means, norm
+
+        with monkeypatch.context() as patch:
+            patch.setattr(alexnet.AlexNet, "apply", noted_apply)
+            patch.setattr(functions.Workers, "mean_gradients", noted_mean)
+            patch.setattr(thin, "CLIP_NORM", clip)
+            assert train(photos, "--iterations", 1) == 0
+        before, after = weights
+        step = np.sqrt(sum(np.square(b - a).sum() for a, b in zip(before, after, strict=True)))
+        steps.append((step, thin.LEARNING_RATE * min(clip, norms[0])))
+    for step, expected in steps:
+        assert step == pytest.approx(expected, rel=0.01)
 
 
 def test_each_worker_is_a_process_with_weights_from_one_object(thin, cluster):
@@ -307,7 +331,7 @@ def test_accuracy_does_not_keep_other_workers_waiting(thin, cluster, tmp_path, m
     minibatch = ray.put((np.zeros((2, 224, 224, 3), np.uint8), np.zeros(2, int), np.zeros((2, 3), int)))
     mean = ray.put(np.zeros((256, 256, 3), np.float32))
     weights = alexnet.initial_weights(THIN, 10, "he", np.random.default_rng(0))
-    workers.update_weights(0, [ray.put(w) for w in weights])
+    workers.update_weights(0, ray.put(weights))
 
     @ray.remote(num_cpus=0)
     def behind(gate, value):

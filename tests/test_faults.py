@@ -45,10 +45,10 @@ def at_iteration(monkeypatch, number, act):
     """Have `act` called when an iteration tells the workers to load its weights."""
     update = functions.Workers.update_weights
 
-    def spy(self, iteration, weightrefs):
+    def spy(self, iteration, weightref):
         if iteration == number:
             act()
-        update(self, iteration, weightrefs)
+        update(self, iteration, weightref)
 
     monkeypatch.setattr(functions.Workers, "update_weights", spy)
 
@@ -134,12 +134,12 @@ def test_worker_killed_around_update_weights(
 ):
     update = functions.Workers.update_weights
 
-    def with_a_death(self, iteration, weightrefs):
+    def with_a_death(self, iteration, weightref):
         victim = workers_of(os.getpid())[0] if iteration == 2 else None
         if victim and moment.startswith("before"):
             victim.kill()
             victim.wait()
-        update(self, iteration, weightrefs)
+        update(self, iteration, weightref)
         if victim and moment.startswith("after"):
             time.sleep(1)
         if victim and not moment.startswith("before"):

@@ -1,5 +1,6 @@
 """Remote functions on batches, on a real Ray: labels, shuffle, mean image, mini-batches, gradients."""
 
+from collections import Counter
 from unittest import mock
 
 import numpy as np
@@ -99,8 +100,10 @@ def test_one_hot():
     assert functions.one_hot(np.array([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
-def test_crop_image_crops_and_mirrors():
-    image = np.arange(256 * 256 * 3).reshape(256, 256, 3)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_crop_image_crops_and_mirrors(dtype):
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(dtype)
+    image.flags.writeable = False  # as from the object store
     assert (functions.crop_image(image, (3, 32, 0)) == image[3:227, 32:256]).all()
     assert (functions.crop_image(image, (0, 1, 1)) == image[:224, 1:225][:, ::-1]).all()
 
@@ -221,6 +224,33 @@ def test_one_set_of_gradients_comes_to_this_node(nodes):
     moves += [(place, 0) for _, place in last if place != 0]
     assert [to for _, to in moves].count(0) == (nodes > 1)
     assert len(moves) == nodes - 1 + (nodes > 2)
+
+
+@pytest.mark.parametrize(("nodes", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3), (64, 6)])
+def test_weights_are_passed_on_in_rounds(nodes, rounds):
+    """By helpers that only take notes: a node's copy begins when as many nodes have it as copy it."""
+    helpers = functions.Helpers.__new__(functions.Helpers)
+    helpers.here, waits_for = 0, {}
+
+    class Note:
+        def __init__(self, node):
+            self.fetch, self.node = self, node
+
+        def remote(self, refs, *before):
+            assert refs == ["weights"]
+            waits_for[self.node] = before
+            return self.node
+
+    helpers.on = Note
+    there = helpers.pass_on("weights", range(nodes))
+    assert there == {0: None} | {node: node for node in range(1, nodes)}
+
+    def round_of(node):
+        return 1 + max(map(round_of, waits_for[node]), default=0)
+
+    sizes = Counter(map(round_of, waits_for))
+    assert max(sizes, default=0) == rounds
+    assert all(sizes[number] <= 2 ** (number - 1) for number in sizes)
 
 
 def test_precision_is_bfloat16_where_every_cpu_multiplies_it(cluster, monkeypatch):

@@ -32,11 +32,11 @@ def print_fingerprint(self, batches, size, count, seed, iteration):
     return draw_minibatches(self, batches, size, count, seed, iteration)
 
 
-def update_all_weights(self, iteration, weightrefs):
+def update_all_weights(self, iteration, weightref):
     """Workers.update_weights, which waits until all workers are up once, at iteration ALL_UP_AT."""
     while iteration == driver.ALL_UP_AT and self._starting:
         self._admit(timeout=60)
-    update_weights(self, iteration, weightrefs)
+    update_weights(self, iteration, weightref)
 
 
 draw_minibatches = functions.Helpers.draw_minibatches
