@@ -12,7 +12,8 @@ and val.txt. Runs one after the other, with as many images each:
 With --losses N, the first N float32 losses of driver.py stand beside those of one TensorFlow session on
 the same mini-batches, dropout masks included.
 
-Writes learning-NAME.csv, a row a point, and learning.png, which has all such files of the folder --out.
+Writes learning-NAME.csv, a row a point, and learning.png, which has all such files of the folder --out;
+and, with --log-dir, driver.py's own learning curves there, and all of them as curves.png.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def serve_folder(s3, folder):
 def configure(driver, args):
     """Set the constants that the command line decides, and how often to validate."""
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.SEED = WORKERS, args.mini_batch, args.seed
-    driver.PRECISION, driver.ACCURACY_EVERY = args.precision, 10**9
+    driver.PRECISION = args.precision
     driver.VALIDATE_EVERY = max(1, args.validate_every // (WORKERS * args.mini_batch))
     for name in ("LEARNING_RATE", "INITIAL_WEIGHTS"):
         value = getattr(args, name.lower())
@@ -73,19 +74,31 @@ def drive(args, iterations, *flags):
 
 def ours(args):
     """A list of (images, tag, value) of a run of driver.py."""
-    from alexnet import tf
-
     batch = WORKERS * args.mini_batch
     with tempfile.TemporaryDirectory() as folder:
-        held_out = ["--val-prefix", VAL[0], "--val-label-file", VAL[1], "--log-dir", folder]
+        folder = args.log_dir or folder
+        held_out = ["--val-prefix", VAL[0], "--val-label-file", VAL[1], "--log-dir", str(folder)]
         drive(args, args.images // batch, *held_out)
-        (events,) = Path(folder).iterdir()
+        rows = read_events(folder)
+        if args.log_dir:
+            draw_events(rows, args.out)
         return [
-            (event.step * batch, value.tag, value.simple_value)
-            for event in tf.train.summary_iterator(str(events))
-            for value in event.summary.value
-            if value.tag == "loss" or value.tag.startswith("validation")
+            (iteration * batch, tag, value)
+            for iteration, tag, value in rows
+            if tag == "loss" or tag.startswith("validation")
         ]
+
+
+def read_events(folder):
+    """A list of (iteration, tag, value) from the one file of learning curves in a folder."""
+    from alexnet import tf
+
+    (events,) = Path(folder).iterdir()
+    return [
+        (event.step, value.tag, value.simple_value)
+        for event in tf.train.summary_iterator(str(events))
+        for value in event.summary.value
+    ]
 
 
 def decoded(folder, prefix, label_file):
@@ -262,13 +275,34 @@ def draw_curves(out):
         )
         top1 = [(x, 100 * y) for x, tag, y in rows if tag == "validation top-1"]
         right.plot(*zip(*top1, strict=True), marker=".", label=name)
-    left.set(xlabel="images", ylabel="training loss, mean of 50 iterations")
+    left.set(xlabel="images", ylabel="training loss, mean of 50 iterations", yscale="log")
     right.set(xlabel="images", ylabel="validation top-1, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.tight_layout()
     figure.savefig(out / "learning.png", dpi=110)
+
+
+def draw_events(rows, out):
+    """Draw every tag of (iteration, tag, value) in a panel of its own."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    tags = list(dict.fromkeys(tag for _, tag, _ in rows))
+    figure, axes = pyplot.subplots(-(-len(tags) // 4), 4, figsize=(13, 2.3 * -(-len(tags) // 4)))
+    for panel in axes.flat[len(tags) :]:
+        panel.axis("off")
+    for panel, tag in zip(axes.flat, tags, strict=False):
+        iterations, values = zip(*((x, y) for x, name, y in rows if name == tag), strict=True)
+        panel.plot(iterations, values, linewidth=0.7)
+        high = 1.2 * np.percentile(values, 98)  # the first steps are slow, and their losses high
+        panel.set(title=tag, ylim=(0, high))
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=90)
 
 
 def main():
@@ -291,6 +325,7 @@ def main():
         "--runs", nargs="*", default=["ours", "reference"], choices=["ours", "reference"]
     )
     parser.add_argument("--name", default="", help="added to the names of the files")
+    parser.add_argument("--log-dir", type=Path, help="empty folder for driver.py's own curves")
     parser.add_argument(
         "--losses", type=int, default=0, help="compare so many first losses with a session"
     )
