@@ -275,7 +275,7 @@ def draw_curves(out):
         )
         top1 = [(x, 100 * y) for x, tag, y in rows if tag == "validation top-1"]
         right.plot(*zip(*top1, strict=True), marker=".", label=name)
-    left.set(xlabel="images", ylabel="training loss, mean of 50 iterations", yscale="log")
+    left.set(xlabel="images", ylabel="training loss, mean of 50 iterations", ylim=(0, 7))
     right.set(xlabel="images", ylabel="validation top-1, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
