@@ -297,7 +297,7 @@ def test_interrupt_leaves_no_tar(s3, bucket, large, monkeypatch, capsys, signum)
                 seen.extend([begun, stop.wait(60)])
 
     monkeypatch.setattr(stage_imagenet, "tar_bytes", interrupted)
-    gc.collect()  # an interrupt that hits Ray's finalizers, of what earlier tests left, is swallowed there
+    gc.collect()  # Ray's finalizers of what earlier tests left swallow an interrupt that hits them
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(large, f"s3://{bucket}") == 130
     assert capsys.readouterr().err == "Interrupted; the same command goes on from here\n"
