@@ -257,13 +257,19 @@ def smooth(values, width):
     return np.convolve(values, np.ones(width) / width, "valid")
 
 
-def draw_curves(out):
-    """Draw all CSV files of a folder into one picture."""
+def off_screen():
+    """matplotlib's pyplot, which draws into files; imported here, as most runs' processes do without."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_curves(out):
+    """Draw all CSV files of a folder into one picture."""
+    pyplot = off_screen()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
     for path in sorted(out.glob("learning-*.csv")):
         rows = [(int(x), tag, float(y)) for x, tag, y in list(csv.reader(path.open()))[1:]]
@@ -286,11 +292,7 @@ def draw_curves(out):
 
 def draw_events(rows, out):
     """Draw every tag of (iteration, tag, value) in a panel of its own."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = off_screen()
     tags = list(dict.fromkeys(tag for _, tag, _ in rows))
     figure, axes = pyplot.subplots(-(-len(tags) // 4), 4, figsize=(13, 2.3 * -(-len(tags) // 4)))
     for panel in axes.flat[len(tags) :]:
