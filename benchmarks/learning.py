@@ -258,7 +258,7 @@ def smooth(values, width):
 
 
 def off_screen():
-    """matplotlib's pyplot, which draws into files; imported here, as most runs' processes do without."""
+    """matplotlib's pyplot, set to draw into files; imported only where something is drawn."""
     import matplotlib
 
     matplotlib.use("agg")
