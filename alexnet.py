@@ -97,24 +97,33 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays
 
 
-def forward(images, parameters, layers, dropout=lambda x, layer: x):
-    """The logits [n, classes] of images float32 [n, 224, 224, 3], pixels minus their mean.
+def as_bits(arrays):
+    """Arrays, those of bfloat16 as uint16: Ray copies what NumPy itself has no type for."""
+    return [a.view(np.uint16) if a.dtype == tf.bfloat16.as_numpy_dtype else a for a in arrays]
 
-    `dropout` is called with what a dense layer gives, and the layer's number.
+
+def forward(images, parameters, layers, dropout=lambda x, layer: x):
+    """The logits float32 [n, classes] of images float32 [n, 224, 224, 3], pixels minus their mean.
+
+    All is computed in the type of the parameters, but normalisations and logits in float32. `dropout`
+    is called with what a dense layer gives, and the layer's number.
     """
-    x, weights = images / PIXEL_STD, iter(parameters)
+    precision, weights = parameters[0].dtype, iter(parameters)
+    x = tf.cast(images / PIXEL_STD, precision)
     for i, (kind, _, *options) in enumerate(layers):
         if kind == "conv":
             _, stride, *flags = options
             x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
             if "norm" in flags:  # paper, section 3.3, n = 5; the sum takes alpha, not alpha / n
+                x = tf.cast(x, tf.float32)
                 x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
+                x = tf.cast(x, precision)
             if "pool" in flags:  # overlapping: paper, section 3.4
                 x = tf.nn.max_pool2d(x, 3, 2, "VALID")
         else:
             x = tf.reshape(x, [-1, int(np.prod(x.shape[1:]))])
             x = dropout(tf.nn.relu(tf.matmul(x, next(weights)) + next(weights)), i)
-    return tf.matmul(x, next(weights)) + next(weights)
+    return tf.cast(tf.matmul(x, next(weights)), tf.float32) + tf.cast(next(weights), tf.float32)
 
 
 class Momentum(tf.train.MomentumOptimizer):
@@ -128,9 +137,9 @@ class Momentum(tf.train.MomentumOptimizer):
         return tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=velocity.handle,
-            lr=self._learning_rate_tensor,
+            lr=tf.cast(self._learning_rate_tensor, variable.dtype),
             grad=gradient,
-            momentum=self._momentum_tensor,
+            momentum=tf.cast(self._momentum_tensor, variable.dtype),
         )
 
 
@@ -152,22 +161,19 @@ class AlexNet:
     ):
         """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
-        `precision` "bfloat16" has oneDNN do convolutions and matrix products in it; what goes in and
-        comes out stays float32.
+        `precision` is the type of parameters, products and gradients, "float32" or "bfloat16". Who
+        trains is in float32: bfloat16 is too coarse to add small steps to.
         """
         self.layers = layers
         graph = tf.Graph()
         with graph.as_default():
-            self._build(layers, num_classes, momentum)
+            self._build(layers, num_classes, momentum, precision)
         config = tf.ConfigProto(
             device_count={"GPU": gpus},
             intra_op_parallelism_threads=threads,
             inter_op_parallelism_threads=1,
             gpu_options=tf.GPUOptions(allow_growth=True),
         )
-        rewrites = config.graph_options.rewrite_options
-        if precision == "bfloat16":
-            rewrites.auto_mixed_precision_onednn_bfloat16 = rewrites.ON
         with _silent_start():
             self.sess = tf.Session(graph=graph, config=config)
         graph.finalize()
@@ -177,23 +183,28 @@ class AlexNet:
         self.sess.run(self.initializer)
         self.update_weights(weights)
 
-    def weights(self):
-        """The 16 weights as float32 arrays."""
-        return self.sess.run(self.parameters)
+    def weights(self, precision="float32"):
+        """The 16 weights in a precision, bfloat16 as its bits (see `as_bits`)."""
+        return as_bits(self.sess.run(self._weights_in[precision]))
 
     def update_weights(self, weights):
-        """Take new weights. TensorFlow uses aligned arrays in place, read-only ones too."""
-        self.sess.run(self.assignment, dict(zip(self.placeholders, weights, strict=True)))
+        """Take new weights of this network's precision, bfloat16 as its bits.
+
+        TensorFlow uses aligned arrays in place, read-only ones too.
+        """
+        pairs = list(zip(self.placeholders, weights, strict=True))
+        self.sess.run(self.assignment, {p: w.view(p.dtype.as_numpy_dtype) for p, w in pairs})
 
     def compute_grad(self, images, y_true, keep, dropout_seed):
-        """The 16 gradients of the mean loss, and that loss.
+        """The 16 gradients of the mean loss, bfloat16 as its bits, and that loss.
 
         images: float32 [n, 224, 224, 3], pixels minus their mean; y_true: float32 [n, classes];
         keep: the probability that dropout keeps a unit; dropout_seed: two integers.
         """
         feed = {self.images: images, self.y_true: y_true}
         feed |= {self.keep: keep, self.dropout_seed: dropout_seed}
-        return self.sess.run([[gradient for gradient, _ in self.compgrads], self.loss], feed)
+        gradients, loss = self.sess.run([[gradient for gradient, _ in self.compgrads], self.loss], feed)
+        return as_bits(gradients), loss
 
     def compute_accuracy(self, images, y_true):
         """The share of images whose likeliest class is right (top-1), without dropout."""
@@ -217,20 +228,24 @@ class AlexNet:
         feed = dict(zip(self.placeholders, gradients, strict=True))
         self.sess.run(self.application, feed | {self.learning_rate: learning_rate})
 
-    def _build(self, layers, num_classes, momentum):
+    def _build(self, layers, num_classes, momentum, precision):
         shapes = weight_shapes(layers, num_classes)
         self.images = tf.placeholder(tf.float32, [None, IMAGE_SIZE, IMAGE_SIZE, 3], "images")
         self.y_true = tf.placeholder(tf.float32, [None, num_classes], "y_true")
         self.keep = tf.placeholder_with_default(1.0, [], "keep_probability")
         self.dropout_seed = tf.placeholder_with_default(np.zeros(2, np.int64), [2], "dropout_seed")
         self.learning_rate = tf.placeholder_with_default(0.0, [], "learning_rate")
-        self.placeholders = [tf.placeholder(tf.float32, shape) for shape in shapes]
+        self.placeholders = [tf.placeholder(precision, shape) for shape in shapes]
         kinds = [*(kind for kind, *_ in layers), "dense"]
         names = [f"{kind}{i}/{part}" for i, kind in enumerate(kinds, 1) for part in ("kernel", "bias")]
         self.parameters = [
-            tf.get_variable(name, shape, initializer=tf.zeros_initializer(), use_resource=True)
+            tf.get_variable(name, shape, precision, tf.zeros_initializer(), use_resource=True)
             for name, shape in zip(names, shapes, strict=True)
         ]
+        self._weights_in = {
+            precision: [tf.cast(v, precision) for v in self.parameters]
+            for precision in ("float32", "bfloat16")
+        }
         pairs = list(zip(self.placeholders, self.parameters, strict=True))
         self.assignment = tf.group(*(v.assign(p, read_value=False) for p, v in pairs))
 
@@ -246,14 +261,14 @@ class AlexNet:
         self.application = optimizer.apply_gradients(pairs)
         self.initializer = tf.variables_initializer(optimizer.variables())
         self._state = {v.op.name: v for v in [*self.parameters, *optimizer.variables()]}
-        self._loads = {name: tf.placeholder(tf.float32, v.shape) for name, v in self._state.items()}
+        self._loads = {name: tf.placeholder(v.dtype, v.shape) for name, v in self._state.items()}
         self._restoration = [v.assign(self._loads[name]).op for name, v in self._state.items()]
 
     def _dropout(self, x, layer):
         # TensorFlow's own dropout counts session runs; this mask depends on the fed seed alone.
         seed = self.dropout_seed + np.array([0, layer])
         draw = tf.random.stateless_uniform(tf.shape(x), seed, alg="philox")
-        return x * tf.cast(draw < self.keep, tf.float32) / self.keep
+        return x * tf.cast(draw < self.keep, x.dtype) / tf.cast(self.keep, x.dtype)
 
 
 class Checkpoints:

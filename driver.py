@@ -128,9 +128,10 @@ def train(args, stop, joined):
     minibatches, stop.at_once = draw(iteration), False
     while not stop.signum and iteration < args.iterations:
         watch = functions.Stopwatch()
+        upcoming = draw(iteration + 1)  # the next mini-batches, ahead of time, beside all that follows
 
         # The local network's weights go into the object store once, and from there to every worker.
-        workers.update_weights(iteration, ray.put(local.weights()))
+        workers.update_weights(iteration, ray.put(local.weights(precision)))
 
         # The accuracy of these weights on a random batch, beside the training.
         if due := iteration % ACCURACY_EVERY == 0:
@@ -138,8 +139,7 @@ def train(args, stop, joined):
             workers.print_accuracy(sample, mean)
         watch.lap("broadcast")
 
-        # A gradient from each random mini-batch; the next ones are drawn meanwhile.
-        upcoming = draw(iteration + 1)
+        # A gradient from each random mini-batch.
         losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
         watch.lap("compute")
 
@@ -164,7 +164,7 @@ def train(args, stop, joined):
             facts |= {"iteration": iteration, "precision": precision, "run": run}
             checkpoints.save(iteration, local.state(), facts)
         if held_out and (iteration == args.iterations or iteration % VALIDATE_EVERY == 0):
-            workers.update_weights(iteration, ray.put(local.weights()))
+            workers.update_weights(iteration, ray.put(local.weights(precision)))
             top1, top5 = workers.validate(held_out, mean)
             print(f"Iteration {iteration}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
             if curves:

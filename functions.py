@@ -4,6 +4,7 @@ Everything random is drawn from a seed that is an argument: a task that runs aga
 object, gives the same object.
 """
 
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import ray
+from ml_dtypes import bfloat16
 from ray.exceptions import (
     GetTimeoutError,
     ObjectLostError,
@@ -48,7 +50,7 @@ VALIDATION_STEP = 50  # of them that go through the network at once
 
 NO_LABEL = -1
 
-BLOCK = 2**19  # floats that are computed on at once: a few such blocks stay in the cache
+BLOCK = 2**18  # floats that are computed on at once: a few such blocks stay in the cache
 
 # References to images uint8 [n, 256, 256, 3] and labels int32 [n] in the object store; count is n.
 Batch = namedtuple("Batch", "images labels count")
@@ -262,8 +264,8 @@ class Helper:
         ray.get(refs)
 
     def add_gradients(self, a, b):
-        """The sums of two lists of arrays, variable by variable."""
-        return [x + y for x, y in zip(a, b, strict=True)]
+        """The sums of two lists of arrays, variable by variable, in float32."""
+        return [as_float32(x) + as_float32(y) for x, y in zip(a, b, strict=True)]
 
 
 class Helpers:
@@ -273,10 +275,10 @@ class Helpers:
         self.here = ray.get_runtime_context().get_node_id()
         self._on = {}  # node id -> Helper
 
-    def at(self, ref):
-        """The helper on a node that holds an object, or on this one if that is not known."""
-        nodes = get_object_locations([ref])[ref]["node_ids"]
-        return self.on(nodes[0] if nodes else self.here)
+    def at(self, refs):
+        """For each object, the helper on a node that holds it, or on this one if that is not known."""
+        places = get_object_locations(refs)
+        return [self.on((*places[ref]["node_ids"], self.here)[0]) for ref in refs]
 
     def on(self, node):
         """The helper on a node."""
@@ -288,17 +290,19 @@ class Helpers:
     def draw_minibatches(self, batches, size, count, seed, iteration):
         """References to an iteration's `count` mini-batches, each `size` images of a random batch."""
         chosen = [random_batch(batches, seed, "batch", iteration, index) for index in range(count)]
+        helpers = self.at([batch.images for batch in chosen])
         return [
-            self.at(batch.images).draw_minibatch.remote(
+            helper.draw_minibatch.remote(
                 batch.images, batch.labels, size, (seed, "crop", iteration, index)
             )
-            for index, batch in enumerate(chosen)
+            for index, (helper, batch) in enumerate(zip(helpers, chosen, strict=True))
         ]
 
     def draw_sample(self, batches, size, seed, iteration):
         """A reference to at most `size` images of a random batch, for an accuracy."""
         batch = random_batch(batches, seed, "accuracy", iteration)
-        return self.at(batch.images).draw_minibatch.remote(batch.images, batch.labels, size)
+        (helper,) = self.at([batch.images])
+        return helper.draw_minibatch.remote(batch.images, batch.labels, size)
 
     def pass_on(self, ref, nodes):
         """Copy an object from here to other nodes, in rounds: in each, as many as have it by then.
@@ -336,29 +340,44 @@ def mean_of(sets, count, weights, decay, means):
     """Write the mean of `count` gradients plus weight decay into arrays; its norm, a float.
 
     The norm is not finite if any value is not. `sets` are the gradients' sum, or two parts of it, which
-    gives the same bits. All are lists of float32 arrays, one a variable; the kernels, which have more
-    than one dimension, decay. Goes through memory once, block by block.
+    gives the same bits. All are lists of arrays, one a variable: `means` float32, the others too or
+    bfloat16's bits. The kernels, which have more than one dimension, decay. Goes through memory once,
+    block by block.
     """
-    flat = [[array.reshape(-1) for array in arrays] for arrays in (means, weights, *sets)]
+    rows = [[array.reshape(1, -1) for array in arrays] for arrays in (means, weights, *sets)]
     decays = [decay if weight.ndim > 1 else 0 for weight in weights]
 
     def one_block(variable, start):
-        block = slice(start, start + BLOCK)
-        mean, weight, *parts = (arrays[variable][block] for arrays in flat)
-        total = np.add(*parts, out=mean) if len(parts) == 2 else parts[0]
-        np.multiply(total, np.float32(1 / count), out=mean)
-        mean += np.float32(decays[variable]) * weight
-        with np.errstate(all="ignore"):
-            return np.einsum("i,i", mean, mean)  # BLAS would add in another order on more CPUs
+        block = slice(start, start + BLOCK)  # of rows: OpenCV takes four values alone for a colour
+        mean, weight, *parts = (as_float32(arrays[variable][:, block]) for arrays in rows)
+        total = sum(parts[1:], start=parts[0])
+        cv2.addWeighted(total, 1 / count, weight, decays[variable], 0, dst=mean)
+        return cv2.norm(mean, cv2.NORM_L2SQR)
 
-    places = [(i, start) for i, mean in enumerate(flat[0]) for start in range(0, mean.size, BLOCK)]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return math.sqrt(sum(map(float, threads.map(one_block, *zip(*places, strict=True)))))
+    places = [(i, start) for i, mean in enumerate(rows[0]) for start in range(0, mean.size, BLOCK)]
+    cpus = os.cpu_count()
+    shares = [places[len(places) * i // cpus : len(places) * (i + 1) // cpus] for i in range(cpus)]
+    with ThreadPoolExecutor(cpus) as threads:
+        squares = threads.map(lambda share: [one_block(*place) for place in share], shares)
+        return math.sqrt(sum(itertools.chain(*squares)))  # in the order of the blocks
+
+
+def aligned_empty(shape):
+    """A float32 array that starts at a multiple of 64 bytes: TensorFlow copies what it is fed else."""
+    size = 4 * math.prod(shape)
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(np.float32).reshape(shape)
 
 
 def all_finite(arrays):
     """Whether no array holds a NaN or an infinity."""
-    return all(np.isfinite(array).all() for array in arrays)
+    return all(np.isfinite(as_float32(array)).all() for array in arrays)
+
+
+def as_float32(array):
+    """A float32 array itself; one of bfloat16's bits, uint16, exactly as float32."""
+    return array.view(bfloat16).astype(np.float32) if array.dtype == np.uint16 else array
 
 
 def random_batch(batches, *key):
@@ -382,7 +401,7 @@ def centre_crops(images, count):
 
 def subtract_mean(pixels, crops, mean):
     """Crops minus the same crops of the mean image: float32 [n, 224, 224, 3]."""
-    centred = np.empty(pixels.shape, np.float32)
+    centred = aligned_empty(pixels.shape)
     for out, image, crop in zip(centred, pixels, crops, strict=True):
         np.subtract(image, crop_image(mean, crop), out=out)
     return centred
@@ -594,7 +613,7 @@ class Workers:
                 nodes = [self._nodes[number] for _, number, _ in self._results]
                 sets = self._helpers.add_gradients(gradients, nodes)
                 [weights] = ray.get(weightrefs)
-                self._means = self._means or [np.empty_like(weight) for weight in weights]
+                self._means = self._means or [aligned_empty(weight.shape) for weight in weights]
                 norm = mean_of(sets, len(gradients), weights, weight_decay, self._means)
                 if not math.isfinite(norm):
                     self._check([all_finite(ray.get(ref)) for ref in gradients], "gradient")

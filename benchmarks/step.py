@@ -5,6 +5,7 @@
 Ours is driver.py itself, with 2 workers of one CPU; the others are
 
     session   one plain TensorFlow session of 2 threads on the mini-batches of both workers: the limit
+    apart     two sessions of one thread that compute gradients and tell nobody: our limit
     mirrored  tf.distribute.MultiWorkerMirroredStrategy, 2 processes of one thread
     ddp       PyTorch's DistributedDataParallel over gloo, 2 processes of one thread, channels_last
 
@@ -58,7 +59,8 @@ def make_batch(mini_batch):
 
     rng = np.random.default_rng(0)
     pictures = [np.asarray(demo.draw_image(label, rng))[:224, :224] for label in range(10)]
-    images = np.stack([pictures[i % 10] for i in range(mini_batch)]).astype(np.float32) - 110
+    images = functions.aligned_empty((mini_batch, 224, 224, 3))
+    np.subtract([pictures[i % 10] for i in range(mini_batch)], np.float32(110), out=images)
     return images, functions.one_hot(rng.integers(0, NUM_CLASSES, mini_batch), NUM_CLASSES)
 
 
@@ -125,8 +127,12 @@ def session(pipe, rank, port, mini_batch, precision, norm):
     tf = alexnet.tf
 
     class Plain(alexnet.AlexNet):
-        def _build(self, layers, num_classes, momentum):
-            super()._build(layers, num_classes, momentum)
+        def _build(self, layers, num_classes, momentum, precision):
+            super()._build(layers, num_classes, momentum, "float32")
+            used = [tf.cast(v, precision) for v in self.parameters]
+            logits = alexnet.forward(self.images, used, layers, self._dropout)
+            losses = tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits)
+            self.loss = tf.reduce_mean(losses)
             optimizer = tf.train.MomentumOptimizer(LEARNING_RATE, momentum)
             pairs = [(g + WEIGHT_DECAY * v, v) for g, v in optimizer.compute_gradients(self.loss)]
             self.train = optimizer.apply_gradients(pairs)
@@ -142,6 +148,23 @@ def session(pipe, rank, port, mini_batch, precision, norm):
     images, y_true = make_batch(mini_batch * WORKERS)
     feed = {network.images: images, network.y_true: y_true, network.keep: KEEP_PROBABILITY}
     serve(pipe, lambda: network.sess.run([network.train, network.loss], feed))
+
+
+def apart(pipe, rank, port, mini_batch, precision, norm):
+    """A worker's network on its own: gradients of the same weights again and again, not fetched."""
+    import alexnet
+    import functions
+
+    alexnet.keep_memory()
+    table = layers(norm)
+    network = alexnet.AlexNet(table, threads=1, precision=precision)
+    local = alexnet.AlexNet(table)
+    local.initialize(alexnet.initial_weights(table, NUM_CLASSES, "he", functions.generator(0)))
+    network.update_weights(local.weights(precision))
+    images, y_true = make_batch(mini_batch)
+    feed = {network.images: images, network.y_true: y_true, network.keep: KEEP_PROBABILITY}
+    gradients = [gradient.op for gradient, _ in network.compgrads]
+    serve(pipe, lambda: network.sess.run([gradients, network.loss], feed))
 
 
 def mirrored(pipe, rank, port, mini_batch, precision, norm):
@@ -241,7 +264,13 @@ def ddp(pipe, rank, port, mini_batch, precision, norm):
 
 # ---- taking turns
 
-PEERS = {"ours": (ours, 1), "session": (session, 1), "mirrored": (mirrored, 2), "ddp": (ddp, 2)}
+PEERS = {
+    "ours": (ours, 1),
+    "session": (session, 1),
+    "apart": (apart, 2),
+    "mirrored": (mirrored, 2),
+    "ddp": (ddp, 2),
+}
 
 
 class Peer:

@@ -27,12 +27,20 @@ WORKERS, NUM_CLASSES, BATCHES = 2, 1000, 4
 GOAL = 1.1  # times the images over the forward rate
 
 
+def initial_weights(precision):
+    """A network's weights in a precision."""
+    network = alexnet.AlexNet()
+    rng = functions.generator(0)
+    network.initialize(alexnet.initial_weights(alexnet.LAYERS, NUM_CLASSES, "he", rng))
+    return network.weights(precision)
+
+
 def forward(pipe, precision):
     """A process that runs as many forward passes as the pipe asks for."""
     alexnet.keep_memory()
     network = alexnet.AlexNet(threads=1, precision=precision)
+    network.update_weights(initial_weights(precision))
     rng = np.random.default_rng(0)
-    network.initialize(alexnet.initial_weights(alexnet.LAYERS, NUM_CLASSES, "he", rng))
     images = rng.normal(0, 58, (VALIDATION_STEP, 224, 224, 3)).astype(np.float32)
     y_true = functions.one_hot(rng.integers(0, NUM_CLASSES, VALIDATION_STEP), NUM_CLASSES)
     network.count_hits(images, y_true)
@@ -70,8 +78,7 @@ def main():
         images = ray.put(rng.integers(0, 256, (count, 256, 256, 3), np.uint8))
         batches.append(functions.Batch(images, ray.put(rng.integers(0, NUM_CLASSES, count)), count))
     mean = ray.put(np.full((256, 256, 3), 120, np.float32))
-    weights = alexnet.initial_weights(alexnet.LAYERS, NUM_CLASSES, "he", rng)
-    workers.update_weights(0, ray.put(weights))
+    workers.update_weights(0, ray.put(initial_weights(args.precision)))
     workers.validate(batches, mean)
 
     seconds = []

@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import ray
+from ml_dtypes import bfloat16
 
 import functions
 from functions import NO_LABEL, Batch
@@ -177,18 +178,36 @@ def test_mean_gradients_is_the_mean_by_a_fixed_tree(cluster, count):
         np.testing.assert_array_equal(mean, total * np.float32(1 / count))
 
 
-@pytest.mark.parametrize("add_elsewhere", [False, True])
-def test_mean_has_the_decay_of_the_kernels(add_elsewhere):
-    """To the same bits, wherever the gradients were added."""
+@pytest.mark.parametrize("kind", [np.float32, bfloat16])
+def test_mean_has_the_decay_of_the_kernels(cluster, kind):
+    """Of float32 or of bfloat16's bits, and to the same bits wherever the gradients were added."""
     rng = np.random.default_rng(0)
     weights, a, b = (
-        [rng.standard_normal(shape, np.float32) for shape in ((30, 40), 40)] for _ in "wab"
+        [rng.standard_normal(shape, np.float32).astype(kind) for shape in ((30, 40), 40)] for _ in "wab"
     )
-    sums = [x + y for x, y in zip(a, b, strict=True)]
-    got = [np.empty_like(weight) for weight in weights]
-    functions.mean_of([sums] if add_elsewhere else [a, b], 2, weights, 0.3, got)
-    np.testing.assert_array_equal(got[0], sums[0] / 2 + np.float32(0.3) * weights[0])
-    np.testing.assert_array_equal(got[1], sums[1] / 2)
+    sent = [
+        [x.view(np.uint16) if kind is bfloat16 else x for x in arrays] for arrays in (weights, a, b)
+    ]
+    helper = functions.Helpers().on(ray.get_runtime_context().get_node_id())
+    added = ray.get(helper.add_gradients.remote(*sent[1:]))
+    got, same = ([np.empty(w.shape, np.float32) for w in weights] for _ in range(2))
+    norm = functions.mean_of(sent[1:], 2, sent[0], 0.3, got)
+    assert norm == functions.mean_of([added], 2, sent[0], 0.3, same)
+    for x, y in zip(got, same, strict=True):
+        np.testing.assert_array_equal(x, y)
+    (w, _), (a, a_bias), (b, b_bias) = ([x.astype(np.float32) for x in xs] for xs in (weights, a, b))
+    np.testing.assert_allclose(got[0], (a + b) / 2 + 0.3 * w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(got[1], (a_bias + b_bias) / 2)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 7, 11), (1000, 1001)])
+def test_aligned_arrays_start_at_a_multiple_of_64_bytes(shape):
+    arrays = [functions.aligned_empty(shape) for _ in range(10)]
+    assert all(array.ctypes.data % 64 == 0 for array in arrays)
+    assert all(array.shape == shape and array.dtype == np.float32 for array in arrays)
+    for i, array in enumerate(arrays):
+        array[...] = i
+    assert [array.sum() for array in arrays] == [i * array.size for i, array in enumerate(arrays)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
