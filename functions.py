@@ -341,8 +341,8 @@ def mean_of(sets, count, weights, decay, means):
 
     The norm is not finite if any value is not. `sets` are the gradients' sum, or two parts of it, which
     gives the same bits. All are lists of arrays, one a variable: `means` float32, the others too or
-    bfloat16's bits. The kernels, which have more than one dimension, decay. Goes through memory once,
-    block by block.
+    bfloat16's bits. The kernels, which have more than one dimension, decay: by what the workers had as
+    weights. Goes through memory once, block by block.
     """
     rows = [[array.reshape(1, -1) for array in arrays] for arrays in (means, weights, *sets)]
     decays = [decay if weight.ndim > 1 else 0 for weight in weights]
@@ -442,7 +442,7 @@ class Worker:
             self.iteration = iteration
 
     def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
-        """The 16 gradients of a mini-batch's mean loss, a list of float32 arrays, and that loss."""
+        """The mean loss of a mini-batch: its 16 gradients, as `AlexNet.compute_grad` gives them, and itself."""
         self.update_weights(iteration, weightrefs)
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
