@@ -442,7 +442,7 @@ class Worker:
             self.iteration = iteration
 
     def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
-        """The mean loss of a mini-batch: its 16 gradients, as `AlexNet.compute_grad` gives them, and itself."""
+        """The 16 gradients of a mini-batch's mean loss, and that loss: see `AlexNet.compute_grad`."""
         self.update_weights(iteration, weightrefs)
         pixels, labels, crops = minibatch
         images = subtract_mean(pixels, crops, mean)
