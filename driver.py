@@ -128,10 +128,10 @@ def train(args, stop, joined):
     minibatches, stop.at_once = draw(iteration), False
     while not stop.signum and iteration < args.iterations:
         watch = functions.Stopwatch()
-        upcoming = draw(iteration + 1)  # the next mini-batches, ahead of time, beside all that follows
 
         # The local network's weights go into the object store once, and from there to every worker.
         workers.update_weights(iteration, ray.put(local.weights(precision)))
+        upcoming = draw(iteration + 1)  # the next mini-batches, ahead of time, beside all that follows
 
         # The accuracy of these weights on a random batch, beside the training.
         if due := iteration % ACCURACY_EVERY == 0:

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 from pathlib import Path
 
 import cv2
@@ -50,7 +51,7 @@ VALIDATION_STEP = 50  # of them that go through the network at once
 
 NO_LABEL = -1
 
-BLOCK = 2**18  # floats that are computed on at once: a few such blocks stay in the cache
+BLOCK = 2**19  # floats that are computed on at once: a few such blocks stay in the cache
 
 # References to images uint8 [n, 256, 256, 3] and labels int32 [n] in the object store; count is n.
 Batch = namedtuple("Batch", "images labels count")
@@ -350,7 +351,7 @@ def mean_of(sets, count, weights, decay, means):
     def one_block(variable, start):
         block = slice(start, start + BLOCK)  # of rows: OpenCV takes four values alone for a colour
         mean, weight, *parts = (as_float32(arrays[variable][:, block]) for arrays in rows)
-        total = sum(parts[1:], start=parts[0])
+        total = reduce(partial(np.add, out=mean), parts)
         cv2.addWeighted(total, 1 / count, weight, decays[variable], 0, dst=mean)
         return cv2.norm(mean, cv2.NORM_L2SQR)
 
