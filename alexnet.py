@@ -178,6 +178,8 @@ class AlexNet:
             gpu_options=tf.GPUOptions(allow_growth=True),
         )
         with _silent_start():
+            if not gpus:  # or TensorFlow's eager part, which shows weights and saves, takes them all
+                tf.config.set_visible_devices([], "GPU")
             self.sess = tf.Session(graph=graph, config=config)
         graph.finalize()
 

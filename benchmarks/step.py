@@ -332,6 +332,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn (default: 5)")
     args = parser.parse_args()
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as alexnet.py does, for all
     arguments = args.mini_batch, args.precision, not args.no_norm
     names = ["ours", *args.peers]
     peers = {name: Peer(name, *arguments) for name in names}
