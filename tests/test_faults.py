@@ -24,6 +24,7 @@ import functions
 import imagenet
 
 ITERATIONS = 30
+NO_DASHBOARD = {"include_dashboard": False}  # it would keep a CPU busy while a test's cluster starts
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_crashes_in_a_row_end_the_run_with_one_line(
 def nodes(s3):
     """A cluster of two nodes of one CPU each, with object stores of their own."""
     size = {"num_cpus": 1, "object_store_memory": 300 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=size)
+    cluster = Cluster(initialize_head=True, head_node_args=size | NO_DASHBOARD)
     cluster.add_second = lambda: setattr(cluster, "second", cluster.add_node(**size))
     cluster.add_second()
     yield cluster
@@ -323,7 +324,7 @@ def many(s3):
 
 def test_data_larger_than_the_object_store_spills(thin, cluster, many, tmp_path):
     size = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
-    nodes = Cluster(initialize_head=True, head_node_args=size)
+    nodes = Cluster(initialize_head=True, head_node_args=size | NO_DASHBOARD)
     try:
         with thin_driver(many, tmp_path / "a", iterations=10, address=nodes.address) as run:
             assert run.wait() == 0, run.output()
@@ -335,9 +336,9 @@ def test_data_larger_than_the_object_store_spills(thin, cluster, many, tmp_path)
 
 
 def test_full_disk_is_one_clear_line(many, tmp_path):
-    full = {"local_fs_capacity_threshold": 0.001}
+    full = {"_system_config": {"local_fs_capacity_threshold": 0.001}}
     size = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
-    nodes = Cluster(initialize_head=True, head_node_args=size | {"_system_config": full})
+    nodes = Cluster(initialize_head=True, head_node_args=size | full | NO_DASHBOARD)
     try:
         with thin_driver(many, tmp_path, address=nodes.address) as run:
             assert run.wait() == 2, run.output()
