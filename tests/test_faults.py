@@ -24,7 +24,7 @@ import functions
 import imagenet
 
 ITERATIONS = 30
-NO_DASHBOARD = {"include_dashboard": False}  # it would keep a CPU busy while a test's cluster starts
+NO_DASHBOARD = {"include_dashboard": False}  # no test here looks at it
 
 
 @pytest.fixture(scope="module")
