@@ -6,21 +6,16 @@ operations are built once and the graph is frozen, so that no step can make it g
 
 import contextlib
 import ctypes
-import json
 import os
-import re
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
-from imagenet import IMAGE_SIZE, InputError, S3Folder, one_line
+from imagenet import CROP_SIZE
 
 
 @contextlib.contextmanager
 def _silent_start():
-    """Close file descriptor 2 meanwhile: TensorFlow greets there from C++ at any log level."""
+    """Close file descriptor 2 for a while: TensorFlow greets there from C++ at any log level."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -58,7 +53,7 @@ LAYERS = (
 
 def weight_shapes(layers, num_classes):
     """Shapes of the parameters in order: a kernel and a bias for each layer, the output last."""
-    shapes, side, channels = [], IMAGE_SIZE, 3
+    shapes, side, channels = [], CROP_SIZE, 3
     for kind, units, *options in layers:
         if kind == "conv":
             kernel, stride, *flags = options
@@ -129,48 +124,78 @@ def forward(images, parameters, layers, dropout=lambda x, layer: x):
     return tf.cast(tf.matmul(x, next(weights)), tf.float32) + tf.cast(next(weights), tf.float32)
 
 
-class Momentum(tf.train.MomentumOptimizer):
-    """The paper's rule, section 5: v = m v - rate g, w = w + v. Momentum keeps steps, rates and all.
+def seeded_dropout(x, keep_probability, seed):
+    """Dropout whose mask depends on a seed, int64 [2], alone: TensorFlow's own counts session runs."""
+    draw = tf.random.stateless_uniform(tf.shape(x), seed, alg="philox")
+    return x * tf.cast(draw < keep_probability, x.dtype) / tf.cast(keep_probability, x.dtype)
 
-    TensorFlow's own optimizer keeps sums of gradients, to which a new rate applies at once.
+
+class Momentum:
+    """The update rule, from a mean gradient to new weights: SGD with momentum (paper, section 5).
+
+    v = m v - rate g, w = w + v, where g is the mean gradient plus `weight_decay` times the kernels (as
+    in Caffe, biases do not decay), shortened to `clip_norm` if it is longer. So momentum keeps steps,
+    with the rates of their time; TensorFlow's own optimizer keeps sums of gradients, to which a new
+    rate applies at once. The rate is `learning_rate`, and a tenth of it from each of `drops` on.
     """
 
-    def _resource_apply_dense(self, gradient, variable):
-        velocity = self.get_slot(variable, "momentum")
-        return tf.raw_ops.ResourceApplyKerasMomentum(
-            var=variable.handle,
-            accum=velocity.handle,
-            lr=tf.cast(self._learning_rate_tensor, variable.dtype),
-            grad=gradient,
-            momentum=tf.cast(self._momentum_tensor, variable.dtype),
-        )
+    def __init__(self, learning_rate, drops, momentum, weight_decay, clip_norm):
+        """Take the hyperparameters; `drops` are numbers of iterations."""
+        self.learning_rate, self.drops, self.momentum = learning_rate, drops, momentum
+        self.weight_decay, self.clip_norm = weight_decay, clip_norm
+
+    def rate(self, iteration):
+        """The learning rate of an iteration."""
+        return self.learning_rate / 10 ** sum(iteration >= drop for drop in self.drops)
+
+    def decays(self, shapes):
+        """How much of each parameter is added to its mean gradient: kernels alone decay."""
+        return [self.weight_decay if len(shape) > 1 else 0 for shape in shapes]
+
+    def clipped(self, rate, norm):
+        """The rate at which a gradient of this norm makes the step of the shortened one.
+
+        A step of SGD is linear in the gradient. A rule that is not must shorten the gradient itself.
+        """
+        return rate * self.clip_norm / max(norm, self.clip_norm)
+
+    def build(self, parameters, gradients, rate):
+        """The operation that applies gradients to parameters, and the variables that it keeps."""
+        kept = [
+            tf.get_variable(
+                f"{v.op.name}/Momentum", v.shape, v.dtype, tf.zeros_initializer(), use_resource=True
+            )
+            for v in parameters
+        ]
+        steps = [
+            tf.raw_ops.ResourceApplyKerasMomentum(
+                var=v.handle, accum=velocity.handle, lr=rate, grad=g, momentum=self.momentum
+            )
+            for v, velocity, g in zip(parameters, kept, gradients, strict=True)
+        ]
+        return tf.group(*steps), kept
 
 
 class AlexNet:
     """The network, its session and the operations that the driver and the workers run.
 
-    The 16 variables are `parameters`; `placeholders` has one float32 tensor for each, which feeds
-    `assignment` (initial or new weights) as well as `application` (gradients).
+    The 16 variables are `parameters`. `placeholders` has one tensor for each, of its shape and type,
+    which feeds `assignment` (initial or new weights) as well as `application` (gradients).
     """
 
     def __init__(
-        self,
-        layers=LAYERS,
-        num_classes=1000,
-        momentum=0.9,
-        threads=0,
-        gpus=0,
-        precision="float32",
+        self, layers=LAYERS, num_classes=1000, rule=None, threads=0, gpus=0, precision="float32"
     ):
         """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
-        `precision` is the type of parameters, products and gradients, "float32" or "bfloat16". Who
-        trains is in float32: bfloat16 is too coarse to add small steps to.
+        `rule` updates the weights of a network that is trained; a worker's has none. `precision` is
+        the type of parameters, products and gradients, "float32" or "bfloat16". A network that is
+        trained is in float32: bfloat16 is too coarse to add small steps to.
         """
-        self.layers = layers
+        self.layers, self.num_classes, self.rule = layers, num_classes, rule
         graph = tf.Graph()
         with graph.as_default():
-            self._build(layers, num_classes, momentum, precision)
+            self._build(precision)
         config = tf.ConfigProto(
             device_count={"GPU": gpus},
             intra_op_parallelism_threads=threads,
@@ -182,11 +207,6 @@ class AlexNet:
                 tf.config.set_visible_devices([], "GPU")
             self.sess = tf.Session(graph=graph, config=config)
         graph.finalize()
-
-    def initialize(self, weights):
-        """Start to train from these weights, without momentum."""
-        self.sess.run(self.initializer)
-        self.update_weights(weights)
 
     def weights(self, precision="float32"):
         """The 16 weights in a precision, bfloat16 as its bits (see `as_bits`).
@@ -227,23 +247,31 @@ class AlexNet:
         """How many images' class is the likeliest (top-1), and among the five likeliest (top-5)."""
         return self.sess.run(self.hits, {self.images: images, self.y_true: y_true})
 
+    def initial_state(self, std, rng):
+        """What training starts from: `initial_weights`, and zeros for what the rule keeps."""
+        weights = initial_weights(self.layers, self.num_classes, std, rng)
+        names = list(self._state)[len(weights) :]
+        zeros = [np.zeros(self._state[name].shape, np.float32) for name in names]
+        return dict(zip(self._state, weights + zeros, strict=True))
+
     def state(self):
-        """A copy of the weights and their momentum: a dict of name -> float32 array."""
+        """A copy of the weights and of what the rule keeps: a dict of name -> float32 array."""
         return self.sess.run(self._state)
 
     def restore(self, state):
-        """Go on from what `state` returned."""
+        """Go on from what `state` or `initial_state` returned."""
         feed = {load: state[name] for name, load in self._loads.items()}
         self.sess.run(self._restoration, feed)
 
-    def apply(self, gradients, learning_rate):
-        """One step of SGD with momentum on gradients, one for each parameter."""
+    def apply(self, gradients, norm, rate):
+        """One step of the update rule, on a float32 gradient for each parameter and their norm."""
         feed = dict(zip(self.placeholders, gradients, strict=True))
-        self.sess.run(self.application, feed | {self.learning_rate: learning_rate})
+        self.sess.run(self.application, feed | {self.learning_rate: self.rule.clipped(rate, norm)})
 
-    def _build(self, layers, num_classes, momentum, precision):
+    def _build(self, precision):
+        layers, num_classes = self.layers, self.num_classes
         shapes = weight_shapes(layers, num_classes)
-        self.images = tf.placeholder(tf.float32, [None, IMAGE_SIZE, IMAGE_SIZE, 3], "images")
+        self.images = tf.placeholder(tf.float32, [None, CROP_SIZE, CROP_SIZE, 3], "images")
         self.y_true = tf.placeholder(tf.float32, [None, num_classes], "y_true")
         self.keep = tf.placeholder_with_default(1.0, [], "keep_probability")
         self.dropout_seed = tf.placeholder_with_default(np.zeros(2, np.int64), [2], "dropout_seed")
@@ -262,229 +290,28 @@ class AlexNet:
             )
             for precision in ("float32", "bfloat16")
         }
-        pairs = list(zip(self.placeholders, self.parameters, strict=True))
+        pairs = zip(self.placeholders, self.parameters, strict=True)
         self.assignment = tf.group(*(v.assign(p, read_value=False) for p, v in pairs))
 
-        self.logits = logits = forward(self.images, self.parameters, layers, self._dropout)
+        def dropout(x, layer):
+            return seeded_dropout(x, self.keep, self.dropout_seed + np.array([0, layer]))
+
+        self.logits = logits = forward(self.images, self.parameters, layers, dropout)
         self.loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits))
         hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.y_true, 1))
         self.accuracy = tf.reduce_mean(tf.cast(hits, tf.float32))
         near = tf.math.in_top_k(logits, tf.argmax(self.y_true, 1), min(5, num_classes))
         self.hits = [tf.reduce_sum(tf.cast(right, tf.int32)) for right in (hits, near)]
 
-        optimizer = Momentum(self.learning_rate, momentum)
-        self.compgrads = optimizer.compute_gradients(self.loss, self.parameters)
-        self.application = optimizer.apply_gradients(pairs)
-        self.initializer = tf.variables_initializer(optimizer.variables())
-        self._state = {v.op.name: v for v in [*self.parameters, *optimizer.variables()]}
+        gradients = tf.gradients(self.loss, self.parameters)
+        self.compgrads = list(zip(gradients, self.parameters, strict=True))
+        self.application, kept = tf.no_op(), []
+        if self.rule:
+            placed = self.parameters, self.placeholders, self.learning_rate
+            self.application, kept = self.rule.build(*placed)
+        self._state = {v.op.name: v for v in [*self.parameters, *kept]}
         self._loads = {name: tf.placeholder(v.dtype, v.shape) for name, v in self._state.items()}
         self._restoration = [v.assign(self._loads[name]).op for name, v in self._state.items()]
 
     def _see(self, *arrays):
         self._shown = arrays
-
-    def _dropout(self, x, layer):
-        # TensorFlow's own dropout counts session runs; this mask depends on the fed seed alone.
-        seed = self.dropout_seed + np.array([0, layer])
-        draw = tf.random.stateless_uniform(tf.shape(x), seed, alg="philox")
-        return x * tf.cast(draw < self.keep, x.dtype) / tf.cast(self.keep, x.dtype)
-
-
-class Checkpoints:
-    """Checkpoints in TensorFlow's own format, which `tf.train` reads; the newest three are kept.
-
-    A checkpoint is the state of an AlexNet and a dict of facts about its run, as JSON. A thread writes
-    it under names that nobody reads and renames them, the index last; then it goes to S3, if it shall,
-    in the same order; the file `checkpoint` names it last.
-    """
-
-    KEPT = 3
-
-    def __init__(self, place):
-        """Open a folder or `s3://bucket/prefix`; InputError if it cannot be written."""
-        self.place = place
-        self._remote = S3Folder(place) if place.startswith("s3://") else None
-        self._scratch = tempfile.TemporaryDirectory() if self._remote else None
-        self._folder = Path(self._scratch.name if self._remote else place).resolve()
-        self._writer, self._writing = ThreadPoolExecutor(1), None
-        with _disk_errors("--checkpoint-dir", place):
-            _make_writable(self._folder)
-            for leftover in self._folder.glob("ckpt-*.tempstate*"):  # of a save that was killed
-                leftover.unlink()
-
-    def _names(self):
-        """Names of the complete checkpoints, oldest first: the index is there once the data is."""
-        files = self._remote.names() if self._remote else [path.name for path in self._folder.iterdir()]
-        found = [re.fullmatch(r"ckpt-(\d+)\.index", file) for file in files]
-        return [f"ckpt-{number}" for number in sorted(int(match[1]) for match in found if match)]
-
-    def newest(self, report=print):
-        """State and facts of the newest intact checkpoint; (None, None) in an empty folder.
-
-        Reports each damaged one that is newer; InputError if there is none but damaged ones.
-        """
-        names = self._names()
-        for name in reversed(names):
-            try:
-                if self._remote:
-                    for file in _files(name):
-                        self._remote.download(file, self._folder / file)
-                reader = tf.train.load_checkpoint(str(self._folder / name))
-                # Reading a tensor verifies its checksum.
-                state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-                return state, json.loads(state.pop("facts"))
-            except InputError:
-                raise
-            except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
-                report(f"{self.place}: {name} is damaged and left out: {one_line(error)[:120]}")
-        if names:
-            raise InputError(f"{self.place}: no checkpoint is intact; remove them to start anew")
-        return None, None
-
-    def resume(self, run, same, report=print):
-        """State and facts as `newest`, if `run` is the run that was saved: its facts under "run".
-
-        Of that dict of texts, the keys in `same` must be equal, else InputError names those that are
-        not; any other that has changed is reported.
-        """
-        state, facts = self.newest(report)
-        if state:
-            changed = {key: facts["run"].get(key) for key in run if facts["run"].get(key) != run[key]}
-            if wrong := [f"{key} (was {was})" for key, was in changed.items() if key in same]:
-                raise InputError(
-                    f"{self.place} is of another run: different are {', '.join(wrong)}; "
-                    "restore that or name another --checkpoint-dir"
-                )
-            for key, was in changed.items():
-                report(f"{key} is {run[key]} from here on, was {was}")
-        return state, facts
-
-    def save(self, iteration, state, facts):
-        """Write a checkpoint behind training's back; waits only for the one before it."""
-        self.wait()
-        self._writing = self._writer.submit(self._write, f"ckpt-{iteration}", state, facts)
-
-    def wait(self):
-        """Wait until the last save is complete; InputError if it failed."""
-        with _disk_errors("--checkpoint-dir", self.place):
-            if self._writing:
-                self._writing.result()
-
-    def _write(self, name, state, facts):
-        tensors = state | {"facts": json.dumps(facts)}
-        tf.raw_ops.SaveV2(
-            prefix=str(self._folder / name),
-            tensor_names=list(tensors),
-            shape_and_slices=[""] * len(tensors),
-            tensors=list(tensors.values()),
-        )
-        names = [*(other for other in self._names() if other != name), name]
-        tf.train.update_checkpoint_state(str(self._folder), name, names[-self.KEPT :])
-        if self._remote:
-            for file in [*_files(name), "checkpoint"]:
-                self._remote.upload(self._folder / file, file)
-        for old in names[: -self.KEPT]:
-            for file in reversed(_files(old)):
-                (self._folder / file).unlink(missing_ok=True)
-                if self._remote:
-                    self._remote.delete(file)
-
-
-class LearningCurves:
-    """Scalars over the iterations, as TensorBoard's event files in a folder."""
-
-    def __init__(self, folder):
-        """Open the folder; InputError if it cannot be written."""
-        self.folder = folder
-        if "://" in folder:
-            raise InputError(f"--log-dir {folder}: name a local folder")
-        with _disk_errors("--log-dir", folder), tf.Graph().as_default():
-            _make_writable(Path(folder))
-            self._writer = tf.summary.FileWriter(folder)
-
-    def start(self, iteration):
-        """Begin at an iteration: what a run that was cut off wrote of later ones is forgotten."""
-        self._writer.add_session_log(tf.SessionLog(status=tf.SessionLog.START), iteration)
-
-    def add(self, iteration, scalars):
-        """Write a dict of tag -> number, to disk at once: a driver that is killed loses none."""
-        values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        with _disk_errors("--log-dir", self.folder):
-            self._writer.add_summary(tf.Summary(value=values), iteration)
-            self._writer.flush()
-
-
-class SavedModel:
-    """The trained network for use elsewhere, in a folder or `s3://bucket/prefix`, in one piece."""
-
-    def __init__(self, place):
-        """Name where it goes; InputError if that cannot be written or holds something else."""
-        self.place = place
-        self._remote = S3Folder(place) if place.startswith("s3://") else None
-        self._folder = Path(place).resolve()
-        if self._remote:
-            self._remote.check_writable("saved_model.pb")
-            return
-        with _disk_errors("--export-dir", place):
-            _make_writable(self._folder.parent)
-            others = self._folder.exists() and not (self._folder / "saved_model.pb").exists()
-            if others and any(self._folder.iterdir()):
-                raise InputError(f"--export-dir {place}: holds something else: name a new folder")
-
-    def write(self, network, mean):
-        """Export an AlexNet whose images were centred by a mean image float32 [256, 256, 3].
-
-        Its signature "serving_default" takes `images`, uint8 [n, 256, 256, 3], and gives
-        `probabilities`, float32 [n, classes]. An older export is replaced.
-        """
-        near = None if self._remote else self._folder.parent  # where a rename moves it in one step
-        scratch = tempfile.TemporaryDirectory(prefix=".export-", dir=near)
-        with _disk_errors("--export-dir", self.place), scratch as folder:
-            new = Path(folder) / "new"
-            _save_model(new, network, mean)
-            if self._remote:
-                files = [path for path in new.rglob("*") if path.is_file()]
-                for path in sorted(files, key=lambda path: path.name == "saved_model.pb"):  # it last
-                    self._remote.upload(path, path.relative_to(new).as_posix())
-            else:
-                if self._folder.exists():
-                    self._folder.rename(Path(folder) / "old")
-                new.rename(self._folder)
-
-
-def _save_model(folder, network, mean):
-    margins = [(side - IMAGE_SIZE) // 2 for side in mean.shape[:2]]
-    top, left = (slice(margin, margin + IMAGE_SIZE) for margin in margins)
-    with tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as sess:
-        images = tf.placeholder(tf.uint8, [None, *mean.shape], "images")
-        parameters = [
-            tf.get_variable(v.op.name, v.shape, use_resource=True) for v in network.parameters
-        ]
-        centred = tf.cast(images[:, top, left], tf.float32) - mean[top, left]
-        probabilities = tf.nn.softmax(forward(centred, parameters, network.layers))
-        fed = [v.initializer.inputs[1] for v in parameters]  # instead of random initial weights
-        sess.run([v.initializer for v in parameters], dict(zip(fed, network.weights(), strict=True)))
-        tf.saved_model.simple_save(
-            sess, str(folder), {"images": images}, {"probabilities": probabilities}
-        )
-
-
-@contextlib.contextmanager
-def _disk_errors(flag, place):
-    """Turn what the disk or TensorFlow's writers raise into an InputError that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{flag} {place}: {error.strerror}") from error
-    except tf.errors.OpError as error:
-        raise InputError(f"{flag} {place}: {one_line(error)[:200]}") from error
-
-
-def _make_writable(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def _files(checkpoint):
-    return [f"{checkpoint}.data-00000-of-00001", f"{checkpoint}.index"]

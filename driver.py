@@ -2,11 +2,12 @@
 
     python driver.py --s3-bucket BUCKET [--key-prefix P] [--label-file L] [--iterations N]
 
-This file tells the whole story from top to bottom; functions.py, imagenet.py and alexnet.py hold the
-details. Edit the hyperparameters here, in the source.
+This file tells the whole story from top to bottom, in the chapters of the original write-up. The other
+modules hold the details. Edit the hyperparameters here, in the source.
 """
 
 import argparse
+import itertools
 import math
 import os
 import signal
@@ -16,12 +17,14 @@ from functools import partial
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while the imports take their seconds
 
-import numpy as np
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 import alexnet
 import functions
 import imagenet
+import results
+import workers
 
 NUM_WORKERS = None  # workers, and mini-batches an iteration; None: as many as the cluster has room for
 CPUS_PER_WORKER = 1  # CPUs, and so TensorFlow threads, of one worker
@@ -47,155 +50,153 @@ LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
 
 
-def train(args, stop, joined):
-    """The write-up, step by step: load, label, shuffle, then synchronous data-parallel SGD."""
-    checkpoints = args.checkpoint_dir and alexnet.Checkpoints(args.checkpoint_dir)
-    model = args.export_dir and alexnet.SavedModel(args.export_dir)
-    curves = args.log_dir and alexnet.LearningCurves(args.log_dir)
-    if not checkpoints and not model:
-        print("The trained weights end with this run: there is no --checkpoint-dir and no --export-dir")
-    bucket = args.s3_bucket
+def train(args, stop, report, actor, can_grow):
+    """The write-up, chapter by chapter: load, label, shuffle, then synchronous data-parallel SGD."""
+    say, bucket = report.say, args.s3_bucket
 
-    # Load ImageNet: one remote task a tar downloads and decodes it into the object store.
-    tars, others = imagenet.list_tars(bucket, args.key_prefix)
-    print(f"s3://{bucket}/{args.key_prefix}*: {len(tars)} tars, {len(others)} other keys left out")
-    functions.announce_memory(imagenet.estimate_images(bucket, tars))
-    data = functions.data_task_options()
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [256, 256], **data)
+    # ---- Where to begin: at a checkpoint of the same network and seed, or at iteration 0
+    checkpoints, model = results.Checkpoints(args.checkpoint_dir), results.SavedModel(args.export_dir)
+    report.draw(args.log_dir)
+    if not args.checkpoint_dir and not args.export_dir:
+        say("The trained weights end with this run: there is no --checkpoint-dir and no --export-dir")
+    constants = {name: repr(value) for name, value in globals().items() if name.isupper()}
+    start = checkpoints.newest(say)
+    start.must_match(constants, ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS"], say)
 
-    # Labels: the dictionary of the label file goes into the object store once, for every `convert`.
-    imagepairs = imagenet.read_labels(bucket, args.label_file, NUM_CLASSES)
-    pairs = ray.put(imagepairs)
-    converted = [functions.convert.options(**data).remote(names, pairs) for _, names, _ in loaded]
+    # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
+    options = workers.data_task_options()
+    flags = "--key-prefix, --label-file"
+    training = load(bucket, args.key_prefix, args.label_file, flags, say, options)
+    source = training.source
+    start.must_match(source, ["tars", "labels"], say)
+    if validates := args.val_prefix is not None:
+        flags = "--val-prefix, --val-label-file"
+        held_out = load(bucket, args.val_prefix, args.val_label_file, flags, say, options)
 
-    # A held-out set, to validate on, is loaded like it.
-    held_out = args.val_prefix is not None and functions.load_held_out(
-        bucket, args.val_prefix, args.val_label_file, NUM_CLASSES, **data
-    )
-
-    # A checkpoint, if there is one, must be of this network, seed and data; it fixes the mini-batches.
-    run = {name: repr(value) for name, value in globals().items() if name.isupper()}
-    run |= {"tars": imagenet.digest(tars), "labels": imagenet.digest(imagepairs)}
-    same = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS", "tars", "labels"]
-    state, facts = checkpoints.resume(run, same) if checkpoints else (None, None)
-    num_workers = NUM_WORKERS or max(1, functions.room_for_workers(CPUS_PER_WORKER, GPUS_PER_WORKER))
-    facts = facts or {"iteration": 0, "mini_batches": num_workers, "precision": None}
-    iteration, mini_batches = facts["iteration"], facts["mini_batches"]
-    precision = PRECISION or facts["precision"] or functions.fastest_precision(GPUS_PER_WORKER)
-
-    # AlexNet: a local network, which is trained, and one in each worker; they start while data loads.
+    # ---- AlexNet: one network in each worker, and the local one, which is trained
+    resources = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
+    num_workers = NUM_WORKERS or max(1, workers.room_for_workers(**resources))
+    mini_batches = start.mini_batches or num_workers
+    count = min(num_workers, mini_batches)
+    precision = PRECISION or start.precision or workers.fastest_precision(GPUS_PER_WORKER)
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
-    helpers = functions.Helpers()
-    workers = functions.Workers(
-        min(num_workers, mini_batches),
-        {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER},
-        network | {"threads": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER, "precision": precision},
-        helpers,
-        timeout=WORKER_TIMEOUT,
-        cluster_can_grow=joined,
+    helpers = workers.Helpers()
+    pool = workers.Workers(
+        count, resources, network, precision, helpers, WORKER_TIMEOUT, report, can_grow, actor
     )
     alexnet.keep_memory()
-    local = alexnet.AlexNet(**network, momentum=MOMENTUM)
-    if state:
-        local.restore(state)
-    else:
-        rng = functions.generator(SEED, "initial weights")
-        local.initialize(alexnet.initial_weights(LAYERS, NUM_CLASSES, INITIAL_WEIGHTS, rng))
+    rule = alexnet.Momentum(LEARNING_RATE, LEARNING_RATE_DROPS, MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
+    local = alexnet.AlexNet(**network, rule=rule)
+    rng = functions.generator(SEED, "initial weights")
+    local.restore(start.state or local.initial_state(INITIAL_WEIGHTS, rng))
 
-    # Match images and labels.
-    batches = functions.match(bucket, loaded, converted, "--key-prefix, --label-file", **data)
-    held_out = held_out and functions.match(bucket, *held_out, "--val-prefix, --val-label-file", **data)
-    del loaded, converted  # or their references would keep every batch twice
-    mean = functions.mean_image(batches, **data)
+    # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
+    batches = functions.match(training, say, **options)
+    held_out = functions.match(held_out, say, **options) if validates else []
+    del training  # or its references would keep every batch twice
+    mean = functions.mean_image(batches, **options)
+    batches = functions.shuffle(batches, SHUFFLE_ROUNDS, SEED, say, **options)
 
-    # Shuffle: ImageNet comes sorted by class, so batches are mixed two by two, in several rounds.
-    for number in range(SHUFFLE_ROUNDS):
-        batches = functions.shuffle_round(batches, SEED, number, **data)
-        ray.wait([batch.labels for batch in batches], num_returns=len(batches), fetch_local=False)
-        print(f"Shuffle round {number + 1} of {SHUFFLE_ROUNDS} done")
-
-    workers.wait(WORKER_WAIT)
-    print(
-        f"{workers.count} workers; an iteration is {mini_batches} mini-batches of {MINI_BATCH} images, "
-        f"in {precision}"
-    )
-    if state:
-        print(f"Resumed from {args.checkpoint_dir} at iteration {iteration}")
-    if curves:
-        curves.start(iteration)
-
+    # ---- Training: iteration i is about the weights that i steps have made
+    pool.wait(WORKER_WAIT)
+    images = f"{mini_batches} mini-batches of {MINI_BATCH} images, in {precision}"
+    say(f"{pool.count} workers; an iteration is {images}")
+    if start.iteration:
+        say(f"Resumed from {args.checkpoint_dir} at iteration {start.iteration}")
+    facts = {"mini_batches": mini_batches, "precision": precision, "run": constants | source}
     draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
-    minibatches, stop.at_once = draw(iteration), False
-    while not stop.signum and iteration < args.iterations:
-        watch = functions.Stopwatch()
-
+    minibatches, stop.at_once = draw(start.iteration), False
+    report.start(start.iteration, batches, mean)
+    for iteration in itertools.count(start.iteration):
         # The local network's weights go into the object store once, and from there to every worker.
-        workers.update_weights(iteration, ray.put(local.weights(precision)))
+        pool.update_weights(iteration, ray.put(local.weights(precision)))
         upcoming = draw(iteration + 1)  # the next mini-batches, ahead of time, beside all that follows
+        report.lap("broadcast")
 
-        # The accuracy of these weights on a random batch, beside the training.
-        if due := iteration % ACCURACY_EVERY == 0:
-            sample = helpers.draw_sample(batches, ACCURACY_SAMPLE, SEED, iteration)
-            workers.print_accuracy(sample, mean)
-        watch.lap("broadcast")
+        # What these weights are worth: a checkpoint, a validation, or the end of the run.
+        if iteration % CHECKPOINT_EVERY == 0:
+            checkpoints.save(iteration, local, facts)
+        due = iteration == args.iterations or iteration % VALIDATE_EVERY == 0
+        if held_out and due and iteration > start.iteration:
+            report.validation(iteration, *pool.validate(held_out, mean))
+        if stop.signum or iteration >= args.iterations:
+            break
+        report.resume()
 
-        # A gradient from each random mini-batch.
-        losses = workers.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
-        watch.lap("compute")
+        # A gradient from each random mini-batch, and an accuracy on a random batch beside them.
+        if iteration % ACCURACY_EVERY == 0:
+            pool.print_accuracy(helpers.draw_sample(batches, ACCURACY_SAMPLE, SEED, iteration), mean)
+        losses = pool.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
+        report.lap("compute")
 
         # Their mean, plus weight decay, trains the local network.
-        gradients, norm = workers.mean_gradients(WEIGHT_DECAY)
-        watch.lap("gather")
-        rate = LEARNING_RATE / 10 ** sum(iteration >= drop for drop in LEARNING_RATE_DROPS)
-        local.apply(gradients, rate * CLIP_NORM / max(norm, CLIP_NORM))
-        watch.lap("apply")
+        gradients, norm = pool.mean_gradients(rule.decays(alexnet.weight_shapes(LAYERS, NUM_CLASSES)))
+        report.lap("gather")
+        rate = rule.rate(iteration)
+        local.apply(gradients, norm, rate)
+        report.lap("apply")
+        report.iteration(iteration, losses, mini_batches * MINI_BATCH, norm, rate)
+        minibatches = upcoming
 
-        seconds = sum(watch.seconds.values())
-        loss, speed = np.mean(losses), mini_batches * MINI_BATCH / seconds
-        print(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
-        if curves:
-            scalars = {"loss": loss, "gradient norm": norm, "learning rate": rate}
-            scalars |= {"images a second": speed} | watch.seconds
-            curves.add(iteration, scalars | ({"accuracy": workers.accuracy} if due else {}))
-        iteration, minibatches = iteration + 1, upcoming
-
-        last = stop.signum or iteration == args.iterations
-        if checkpoints and (last or iteration % CHECKPOINT_EVERY == 0):
-            facts |= {"iteration": iteration, "precision": precision, "run": run}
-            checkpoints.save(iteration, local.state(), facts)
-        if held_out and (iteration == args.iterations or iteration % VALIDATE_EVERY == 0):
-            workers.update_weights(iteration, ray.put(local.weights(precision)))
-            top1, top5 = workers.validate(held_out, mean)
-            print(f"Iteration {iteration}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
-            if curves:
-                curves.add(iteration, {"validation top-1": top1, "validation top-5": top5})
-
-    # What the run leaves behind.
-    if checkpoints:
-        checkpoints.wait()
-    if model:
-        model.write(local, ray.get(mean))
+    # ---- What the run leaves behind
+    checkpoints.save(iteration, local, facts)
+    checkpoints.wait()
+    model.write(local, ray.get(mean))
     places = {"checkpoints": args.checkpoint_dir, "network": args.export_dir, "curves": args.log_dir}
-    left = [f"{what} in {place}" for what, place in places.items() if place]
-    print(f"Stopped at iteration {iteration}: {', '.join(left) or 'nothing is saved'}")
+    kept = [f"{what} in {place}" for what, place in places.items() if place]
+    say(f"Stopped at iteration {iteration}: {', '.join(kept) or 'nothing is saved'}")
+
+
+def load(bucket, prefix, label_file, flags, say, options):
+    """Start to load a data set's tars and labels: a functions.DataSet, which `match` waits for.
+
+    `flags` are those that an error names if nothing is usable; `options` are Ray's for tasks.
+    """
+    tars, others = imagenet.list_tars(bucket, prefix)
+    say(f"s3://{bucket}/{prefix}*: {len(tars)} tars, {others} other keys left out")
+    say(workers.memory_needed(imagenet.estimate_images(bucket, tars)))
+    # One remote task a tar downloads and decodes it into the object store.
+    size = [imagenet.IMAGE_SIZE, imagenet.IMAGE_SIZE]
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, size, **options)
+    # The dictionary of the label file goes into the object store once, for every `convert`.
+    labels = imagenet.read_labels(bucket, label_file, NUM_CLASSES)
+    imagepairs, convert = ray.put(labels), functions.convert.options(**options)
+    converted = [functions.Converted(*convert.remote(tar.filenames, imagepairs)) for tar in loaded]
+    source = {"tars": imagenet.digest_tars(tars), "labels": imagenet.digest(labels)}
+    return functions.DataSet(bucket, loaded, converted, flags, source)
 
 
 class Stop:
     """SIGINT and SIGTERM: stop at once while `at_once`, else after the step; a second one at once."""
 
-    def __init__(self):
-        self.signum, self.at_once = 0, False
+    def __init__(self, say):
+        """Stop after the step; `say` prints a line."""
+        self.signum, self.at_once, self._say = 0, False, say
 
     def __call__(self, signum, frame):
+        """Handle a signal."""
         if self.signum or self.at_once:
             self.signum = signum
             raise KeyboardInterrupt
         self.signum = signum
-        print("Stopping after this step", flush=True)
+        self._say("Stopping after this step")
 
 
-def main(argv=None):
-    """Train as the command line says. Returns the exit status: 0, 2 (nothing to train), 130 or 143."""
+def explain(error):
+    """The one line that a user needs of an error: its own, or that of the remote cause."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
+        return (
+            "a node's object store and disk are full: free the disk that Ray spills to, "
+            "add nodes, or train on fewer tars (--key-prefix)"
+        )
+    if isinstance(cause, imagenet.InputError | workers.WorkerError):
+        return str(cause)
+    raise error
+
+
+def read_flags(argv):
+    """The flags of a command line."""
     parser = argparse.ArgumentParser(description="Train AlexNet on the ImageNet tars in an S3 bucket.")
     for flag, default, text in (
         ("--s3-bucket", "sparknet", "bucket that holds the image data"),
@@ -212,20 +213,31 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.iterations < 1:
         parser.error("--iterations must be 1 or more")
-    stop, own_ray = Stop(), not ray.is_initialized()
+    return args
+
+
+def main(argv=None, report=None, actor=functions.Worker):
+    """Train as the command line says.
+
+    `report` is a results.Report: what watches the run, or measures it, hands in its own. `actor` is the
+    class of the workers: a benchmark of all but computing hands in one that computes nothing. Returns
+    the exit status: 0, 2 (nothing to train), 130 or 143.
+    """
+    args, report = read_flags(argv), report or results.Report()
+    stop, own_ray = Stop(report.say), not ray.is_initialized()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        joined = functions.connect()  # a step that is not interrupted: Ray can crash
+        can_grow = workers.connect()  # a step that is not interrupted: Ray can crash
         for number in handlers:
             signal.signal(number, stop)  # again: Ray's start sets a handler of its own
         stop.at_once = True
         if stop.signum:
             raise KeyboardInterrupt
-        train(args, stop, joined)
+        train(args, stop, report, actor, can_grow)
     except KeyboardInterrupt:
         stop.signum = stop.signum or signal.SIGINT
-    except (imagenet.InputError, functions.WorkerError, ray.exceptions.RayError) as error:
-        print(f"error: {functions.explain(error)}", file=sys.stderr)
+    except (imagenet.InputError, workers.WorkerError, RayError) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     finally:
         for number in handlers:
@@ -238,5 +250,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # into a pipe or a file too
     sys.exit(main())
