@@ -161,18 +161,12 @@ class Momentum:
 
     def build(self, parameters, gradients, rate):
         """The operation that applies gradients to parameters, and the variables that it keeps."""
-        kept = [
-            tf.get_variable(
-                f"{v.op.name}/Momentum", v.shape, v.dtype, tf.zeros_initializer(), use_resource=True
-            )
-            for v in parameters
-        ]
-        steps = [
-            tf.raw_ops.ResourceApplyKerasMomentum(
-                var=v.handle, accum=velocity.handle, lr=rate, grad=g, momentum=self.momentum
-            )
-            for v, velocity, g in zip(parameters, kept, gradients, strict=True)
-        ]
+        zeros, kept, steps = tf.zeros_initializer(), [], []
+        for v, g in zip(parameters, gradients, strict=True):
+            name = f"{v.op.name}/Momentum"
+            kept.append(tf.get_variable(name, v.shape, v.dtype, zeros, use_resource=True))
+            step = {"var": v.handle, "accum": kept[-1].handle, "lr": rate, "grad": g}
+            steps.append(tf.raw_ops.ResourceApplyKerasMomentum(**step, momentum=self.momentum))
         return tf.group(*steps), kept
 
 
@@ -188,9 +182,9 @@ class AlexNet:
     ):
         """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
-        `rule` updates the weights of a network that is trained; a worker's has none. `precision` is
-        the type of parameters, products and gradients, "float32" or "bfloat16". A network that is
-        trained is in float32: bfloat16 is too coarse to add small steps to.
+        `rule` is what `apply` does; a network that only computes gradients needs none. `precision` is
+        the type of parameters, products and gradients, "float32" or "bfloat16". A network with a rule
+        is in float32: bfloat16 is too coarse to add small steps to.
         """
         self.layers, self.num_classes, self.rule = layers, num_classes, rule
         graph = tf.Graph()
@@ -239,20 +233,18 @@ class AlexNet:
         gradients, loss = self.sess.run([[gradient for gradient, _ in self.compgrads], self.loss], feed)
         return as_bits(gradients), loss
 
-    def compute_accuracy(self, images, y_true):
-        """The share of images whose likeliest class is right (top-1), without dropout."""
-        return float(self.sess.run(self.accuracy, {self.images: images, self.y_true: y_true}))
-
     def count_hits(self, images, y_true):
-        """How many images' class is the likeliest (top-1), and among the five likeliest (top-5)."""
+        """How many images' class is the likeliest (top-1), and among the five likeliest (top-5).
+
+        Without dropout; images and y_true as for `compute_grad`. Returns two int32.
+        """
         return self.sess.run(self.hits, {self.images: images, self.y_true: y_true})
 
     def initial_state(self, std, rng):
         """What training starts from: `initial_weights`, and zeros for what the rule keeps."""
+        zeros = {name: np.zeros(v.shape, np.float32) for name, v in self._state.items()}
         weights = initial_weights(self.layers, self.num_classes, std, rng)
-        names = list(self._state)[len(weights) :]
-        zeros = [np.zeros(self._state[name].shape, np.float32) for name in names]
-        return dict(zip(self._state, weights + zeros, strict=True))
+        return zeros | dict(zip(self._state, weights, strict=False))  # the parameters come first
 
     def state(self):
         """A copy of the weights and of what the rule keeps: a dict of name -> float32 array."""
@@ -260,8 +252,9 @@ class AlexNet:
 
     def restore(self, state):
         """Go on from what `state` or `initial_state` returned."""
-        feed = {load: state[name] for name, load in self._loads.items()}
-        self.sess.run(self._restoration, feed)
+        with self.sess.graph.as_default():
+            for name, variable in self._state.items():
+                variable.load(state[name], self.sess)
 
     def apply(self, gradients, norm, rate):
         """One step of the update rule, on a float32 gradient for each parameter and their norm."""
@@ -299,19 +292,17 @@ class AlexNet:
         self.logits = logits = forward(self.images, self.parameters, layers, dropout)
         self.loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits))
         hits = tf.equal(tf.argmax(logits, 1), tf.argmax(self.y_true, 1))
-        self.accuracy = tf.reduce_mean(tf.cast(hits, tf.float32))
         near = tf.math.in_top_k(logits, tf.argmax(self.y_true, 1), min(5, num_classes))
         self.hits = [tf.reduce_sum(tf.cast(right, tf.int32)) for right in (hits, near)]
 
         gradients = tf.gradients(self.loss, self.parameters)
         self.compgrads = list(zip(gradients, self.parameters, strict=True))
-        self.application, kept = tf.no_op(), []
+        kept = []
         if self.rule:
-            placed = self.parameters, self.placeholders, self.learning_rate
-            self.application, kept = self.rule.build(*placed)
+            self.application, kept = self.rule.build(
+                self.parameters, self.placeholders, self.learning_rate
+            )
         self._state = {v.op.name: v for v in [*self.parameters, *kept]}
-        self._loads = {name: tf.placeholder(v.dtype, v.shape) for name, v in self._state.items()}
-        self._restoration = [v.assign(self._loads[name]).op for name, v in self._state.items()]
 
     def _see(self, *arrays):
         self._shown = arrays

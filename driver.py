@@ -162,7 +162,8 @@ def load(bucket, prefix, label_file, flags, say, options):
     labels = imagenet.read_labels(bucket, label_file, NUM_CLASSES)
     imagepairs, convert = ray.put(labels), functions.convert.options(**options)
     converted = [functions.Converted(*convert.remote(tar.filenames, imagepairs)) for tar in loaded]
-    source = {"tars": imagenet.digest_tars(tars), "labels": imagenet.digest(labels)}
+    etags = {tar.key: tar.etag for tar in tars}
+    source = {"tars": imagenet.digest(etags), "labels": imagenet.digest(labels)}
     return functions.DataSet(bucket, loaded, converted, flags, source)
 
 

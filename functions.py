@@ -45,6 +45,13 @@ def generator(*key):
     return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
 
 
+def multiplies_bfloat16():
+    """Whether the CPU of the node that this runs on has instructions that multiply bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 # ---- labels
 
 
@@ -175,7 +182,7 @@ def add(a, b):
 
 @ray.remote
 def divide(total, count):
-    """The mean of `count` arrays, float32, from their sum."""
+    """The mean of `count` images, float32, from their sum."""
     return (total / count).astype(np.float32)
 
 
@@ -188,16 +195,8 @@ def random_batch(batches, *key):
     return batches[generator(*key).choice(len(batches), p=sizes / sizes.sum())]
 
 
-def draw_minibatch(images, labels, count, *key):
-    """A MiniBatch of `count` random images, crops and mirrors of a batch; `key` is `generator`'s."""
-    rng, margins = generator(*key), np.array(images.shape[1:3]) - CROP_SIZE
-    chosen = rng.integers(0, len(labels), count)
-    crops = rng.integers(0, [*(margins + 1), 2], (count, 3))
-    return crop_images(images, labels, chosen, crops)
-
-
 def centre_minibatch(images, labels, chosen):
-    """A MiniBatch of the centre crops of chosen images [n] of a batch: what accuracies are about."""
+    """A MiniBatch of the centre crops of chosen images [n] of a batch, for an accuracy."""
     top, left = (np.array(images.shape[1:3]) - CROP_SIZE) // 2
     return crop_images(images, labels, chosen, np.tile([top, left, 0], (len(chosen), 1)))
 
@@ -250,11 +249,14 @@ class Helper:
     """
 
     def draw_minibatch(self, images, labels, count, key):
-        """See the function `draw_minibatch`."""
-        return draw_minibatch(images, labels, count, *key)
+        """A MiniBatch of `count` random images of a batch, cropped and mirrored at random."""
+        rng, margins = generator(*key), np.array(images.shape[1:3]) - CROP_SIZE
+        chosen = rng.integers(0, len(labels), count)
+        crops = rng.integers(0, [*(margins + 1), 2], (count, 3))
+        return crop_images(images, labels, chosen, crops)
 
     def draw_sample(self, images, labels, count):
-        """A MiniBatch of at most `count` images, spread evenly over a batch, for an accuracy."""
+        """A MiniBatch of at most `count` images that are spread evenly over a batch."""
         chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
         return centre_minibatch(images, labels, chosen)
 
@@ -280,7 +282,6 @@ class Worker:
 
         alexnet.keep_memory()
         self.network = alexnet.AlexNet(**network)
-        self.num_classes = network["num_classes"]
         self.iteration = None
 
     def node(self):
@@ -290,9 +291,9 @@ class Worker:
     def update_weights(self, iteration, weightrefs, passed_on=None):
         """Load an iteration's weights, unless they are loaded already.
 
-        `weightrefs` is a list that holds their reference: a bare reference Ray would resolve before
-        each call, also where the weights are loaded already. TensorFlow computes on the object store's
-        memory, without a copy. Ray resolves `passed_on` first: the weights are on this node by then.
+        `weightrefs` is a list with their reference, since Ray fetches the object of a bare reference
+        before each call, even if it is not needed. `passed_on` is a bare one: this call begins once
+        the weights are on this node. TensorFlow reads them in the object store, without a copy.
         """
         if self.iteration != iteration:
             [weights] = ray.get(weightrefs)
@@ -308,7 +309,7 @@ class Worker:
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
         """The share of a MiniBatch's images whose top-1 class is right; the driver prints it."""
         self.update_weights(iteration, weightrefs)
-        return self.network.compute_accuracy(*self._inputs(minibatch, mean))
+        return self.network.count_hits(*self._inputs(minibatch, mean))[0] / len(minibatch.labels)
 
     def count_hits(self, iteration, weightrefs, images, labels, start, stop, mean):
         """How many of a batch's images `start` to `stop` are right, top-1 and top-5: int [2]."""
@@ -316,20 +317,9 @@ class Worker:
         hits = np.zeros(2, int)
         for first in range(start, stop, VALIDATION_STEP):
             chosen = np.arange(first, min(first + VALIDATION_STEP, stop))
-            hits += self.network.count_hits(
-                *self._inputs(centre_minibatch(images, labels, chosen), mean)
-            )
+            minibatch = centre_minibatch(images, labels, chosen)
+            hits += self.network.count_hits(*self._inputs(minibatch, mean))
         return hits
 
     def _inputs(self, minibatch, mean):
-        return subtract_mean(minibatch, mean), one_hot(minibatch.labels, self.num_classes)
-
-
-# ---- nodes
-
-
-def multiplies_bfloat16():
-    """Whether the CPU of the node that this runs on has instructions that multiply bfloat16."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return subtract_mean(minibatch, mean), one_hot(minibatch.labels, self.network.num_classes)

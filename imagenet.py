@@ -184,13 +184,8 @@ Loaded = namedtuple("Loaded", "images filenames report")
 
 
 def digest(value):
-    """A short fingerprint of a JSON-like value, such as the label dictionary."""
+    """A short fingerprint of a JSON-like value: of the tars with their ETags, or of the labels."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def digest_tars(tars):
-    """A short fingerprint of what some tars hold: of their keys and ETags."""
-    return digest({tar.key: tar.etag for tar in tars})
 
 
 def list_tars(bucket, prefix):

@@ -90,10 +90,10 @@ class Report:
 
 
 class Start(NamedTuple):
-    """Where a run begins: at a checkpoint, or at iteration 0, where nothing else is known yet.
+    """Where a run begins: at a checkpoint, or at iteration 0, where nothing more is known yet.
 
-    `state` is the network's; `mini_batches` and `precision` are those of an iteration; `run` is a dict
-    of texts that says what was trained: the constants of driver.py, and fingerprints of the data.
+    `state` is the network's; `mini_batches` and `precision` are those of every iteration; `run` is a
+    dict of texts: the constants of driver.py, and fingerprints of the data.
     """
 
     place: str | None
@@ -256,8 +256,8 @@ def _save_model(folder, network, mean):
         ]
         centred = tf.cast(images[:, top, left], tf.float32) - mean[top, left]
         probabilities = tf.nn.softmax(forward(centred, parameters, network.layers))
-        fed = [v.initializer.inputs[1] for v in parameters]  # instead of random initial weights
-        sess.run([v.initializer for v in parameters], dict(zip(fed, network.weights(), strict=True)))
+        for variable, weight in zip(parameters, network.weights(), strict=True):
+            variable.load(weight, sess)
         tf.saved_model.simple_save(
             sess, str(folder), {"images": images}, {"probabilities": probabilities}
         )

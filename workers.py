@@ -109,7 +109,8 @@ def fastest_precision(gpus):
     """
     if gpus:
         return "float32"
-    here, ask = ray.get_runtime_context().get_node_id(), ray.remote(num_cpus=0)(multiplies_bfloat16)
+    ask = ray.remote(num_cpus=0)(multiplies_bfloat16)
+    here = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in nodes_alive() if node["NodeID"] != here]
     answers = [ask.options(scheduling_strategy=on_node(node)).remote() for node in others]
     return "bfloat16" if all([multiplies_bfloat16(), *ray.get(answers)]) else "float32"
@@ -152,11 +153,10 @@ class Helpers:
         """References to an iteration's `count` mini-batches, each `size` images of a random batch."""
         chosen = [random_batch(batches, seed, "batch", iteration, index) for index in range(count)]
         helpers = self.at([batch.images for batch in chosen])
+        keys = [(seed, "crop", iteration, index) for index in range(count)]
         return [
-            helper.draw_minibatch.remote(
-                batch.images, batch.labels, size, (seed, "crop", iteration, index)
-            )
-            for index, (helper, batch) in enumerate(zip(helpers, chosen, strict=True))
+            helper.draw_minibatch.remote(batch.images, batch.labels, size, key)
+            for helper, batch, key in zip(helpers, chosen, keys, strict=True)
         ]
 
     def draw_sample(self, batches, size, seed, iteration):
@@ -231,7 +231,6 @@ def all_finite(arrays):
 
 
 # ---- the workers
-
 
 # A call of a worker's method, which returns so many values; `then` takes the last one once it is there.
 Request = namedtuple("Request", "method arguments returns then", defaults=(1, lambda value: None))
