@@ -65,13 +65,9 @@ def train(args, stop, report, actor, can_grow):
 
     # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
     options = workers.data_task_options()
-    flags = "--key-prefix, --label-file"
-    training = load(bucket, args.key_prefix, args.label_file, flags, say, options)
-    source = training.source
-    start.must_match(source, ["tars", "labels"], say)
-    if validates := args.val_prefix is not None:
-        flags = "--val-prefix, --val-label-file"
-        held_out = load(bucket, args.val_prefix, args.val_label_file, flags, say, options)
+    training = load(bucket, args.key_prefix, args.label_file, say, options)
+    start.must_match(source := training.source, ["tars", "labels"], say)
+    held_out = load(bucket, args.val_prefix, args.val_label_file, say, options)
 
     # ---- AlexNet: one network in each worker, and the local one, which is trained
     resources = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
@@ -92,7 +88,7 @@ def train(args, stop, report, actor, can_grow):
 
     # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
     batches = functions.match(training, say, **options)
-    held_out = functions.match(held_out, say, **options) if validates else []
+    held_out = functions.match(held_out, say, **options) if held_out else []
     del training  # or its references would keep every batch twice
     mean = functions.mean_image(batches, **options)
     batches = functions.shuffle(batches, SHUFFLE_ROUNDS, SEED, say, **options)
@@ -143,15 +139,16 @@ def train(args, stop, report, actor, can_grow):
     checkpoints.wait()
     model.write(local, ray.get(mean))
     places = {"checkpoints": args.checkpoint_dir, "network": args.export_dir, "curves": args.log_dir}
-    kept = [f"{what} in {place}" for what, place in places.items() if place]
-    say(f"Stopped at iteration {iteration}: {', '.join(kept) or 'nothing is saved'}")
+    report.end(iteration, places)
 
 
-def load(bucket, prefix, label_file, flags, say, options):
+def load(bucket, prefix, label_file, say, options):
     """Start to load a data set's tars and labels: a functions.DataSet, which `match` waits for.
 
-    `flags` are those that an error names if nothing is usable; `options` are Ray's for tasks.
+    None if there is no prefix. `options` are Ray's for tasks.
     """
+    if prefix is None:
+        return None
     tars, others = imagenet.list_tars(bucket, prefix)
     say(f"s3://{bucket}/{prefix}*: {len(tars)} tars, {others} other keys left out")
     say(workers.memory_needed(imagenet.estimate_images(bucket, tars)))
@@ -164,7 +161,7 @@ def load(bucket, prefix, label_file, flags, say, options):
     converted = [functions.Converted(*convert.remote(tar.filenames, imagepairs)) for tar in loaded]
     etags = {tar.key: tar.etag for tar in tars}
     source = {"tars": imagenet.digest(etags), "labels": imagenet.digest(labels)}
-    return functions.DataSet(bucket, loaded, converted, flags, source)
+    return functions.DataSet(bucket, prefix, label_file, loaded, converted, source)
 
 
 class Stop:

@@ -14,6 +14,7 @@ import numpy as np
 import ray
 from ml_dtypes import bfloat16
 
+from decoding import one_line
 from imagenet import CROP_SIZE, InputError, report_loading
 
 # An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
@@ -31,9 +32,9 @@ Batch = namedtuple("Batch", "images labels count")
 # References to the two values of `convert`.
 Converted = namedtuple("Converted", "labels report")
 
-# A data set that is being loaded from a bucket: an imagenet.Loaded and a Converted for each tar, the
-# flags that decide what it is, and a dict of fingerprints of its tars and its labels.
-DataSet = namedtuple("DataSet", "bucket loaded converted flags source")
+# A data set that is being loaded, from the tars below a prefix and a label file in a bucket: an
+# imagenet.Loaded and a Converted for each tar, and a dict of fingerprints of all tars and labels.
+DataSet = namedtuple("DataSet", "bucket prefix label_file loaded converted source")
 
 # Crops of images uint8 [n, 224, 224, 3], labels int32 [n], and where each crop lies in its image: int
 # [n, 3] of (top, left, mirrored).
@@ -91,9 +92,8 @@ def match(data, say, **options):
         named = [name for report in reports for name in report["named"]][:5]
         say(f"{missing} images have no label and are left out: {', '.join(named)}")
     if not batches:
-        raise InputError(
-            f"s3://{data.bucket}: no image is readable and has a label: check {data.flags}"
-        )
+        place, labels = f"s3://{data.bucket}/{one_line(data.prefix)}*", one_line(data.label_file)
+        raise InputError(f"{place}: no image is readable and has a label in {labels}: check both")
     say(f"{sum(batch.count for batch in batches)} images in {len(batches)} batches")
     return batches
 

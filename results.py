@@ -80,6 +80,11 @@ class Report:
         self._add(iteration, scalars | {"images a second": speed} | phases)
         self.resume()
 
+    def end(self, iteration, places):
+        """The run ends. `places` is a dict of what it leaves behind -> where, or None."""
+        kept = [f"{what} in {place}" for what, place in places.items() if place]
+        self.say(f"Stopped at iteration {iteration}: {', '.join(kept) or 'nothing is saved'}")
+
     def _add(self, iteration, scalars):
         """Write a dict of tag -> number, to disk at once: a driver that is killed loses none."""
         if self._curves:
