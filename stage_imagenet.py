@@ -27,6 +27,7 @@ from pathlib import Path
 import simplejpeg
 from tqdm import tqdm
 
+import decoding
 import imagenet
 from ilsvrc2012 import TRAIN, VAL, caffe_labels, find_tars
 from imagenet import InputError, one_line
@@ -78,8 +79,8 @@ def resize(data, side):
     The driver leaves such an image out and says so. simplejpeg, unlike Pillow, lets other threads run.
     """
     try:
-        pixels = imagenet.decode_image(data, (side, side))
-    except imagenet.ImageError:
+        pixels = decoding.decode_image(data, (side, side))
+    except decoding.ImageError:
         return data
     return simplejpeg.encode_jpeg(pixels, JPEG_QUALITY, colorsubsampling="420")
 

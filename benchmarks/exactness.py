@@ -9,35 +9,35 @@ drawing from seeds are the same work either way.
 """
 
 import argparse
-import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from measuring import NUM_CLASSES, open_session, plain_network, spread, take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import alexnet
 import functions
+from alexnet import LAYERS, tf
 
 MINI_BATCH = 20
 
 
-class Inexact(alexnet.AlexNet):
-    """AlexNet with TensorFlow's own dropout."""
+def gradient_of(exact, images, y_true):
+    """A function that computes a gradient, and returns the seconds that it took."""
+    with tf.Graph().as_default():
+        network = plain_network(LAYERS, "float32", seeded=exact)
+        fetched = [tf.gradients(network.loss, network.variables), network.loss]
+        session = open_session(network, LAYERS, threads=1)
+    feed = {network.images: images, network.y_true: y_true}
+    rng = np.random.default_rng(0)
 
-    def _dropout(self, x, layer):
-        return alexnet.tf.nn.dropout(x, rate=1 - self.keep)
+    def seconds():
+        seed = {network.seed: rng.integers(2**31, size=2)} if exact else {}
+        start = time.perf_counter()
+        gradients, _ = session.run(fetched, feed | seed)
+        if exact and not np.isfinite([np.dot(g.ravel(), g.ravel()) for g in gradients]).all():
+            raise ValueError("not finite")
+        return time.perf_counter() - start
 
-
-def seconds(network, images, y_true, exact, step):
-    """Seconds that one gradient takes, with or without exactness."""
-    start = time.perf_counter()
-    gradients, _ = network.compute_grad(images, y_true, 0.5, [0, step])
-    if exact and not np.isfinite([np.dot(g.ravel(), g.ravel()) for g in gradients]).all():
-        raise ValueError("not finite")
-    return time.perf_counter() - start
+    return seconds
 
 
 def main():
@@ -47,23 +47,13 @@ def main():
     repeats = parser.parse_args().repeats
     rng = np.random.default_rng(0)
     images = rng.normal(scale=58, size=(MINI_BATCH, 224, 224, 3)).astype(np.float32)
-    y_true = functions.one_hot(rng.integers(0, 1000, MINI_BATCH), 1000)
-    weights = alexnet.initial_weights(alexnet.LAYERS, 1000, "he", rng)
-    networks = {True: alexnet.AlexNet(threads=1), False: Inexact(threads=1)}
-    for network in networks.values():
-        network.update_weights(weights)
-    times = {True: [], False: []}
-    for step in range(repeats + 2):
-        for exact, network in networks.items():
-            took = seconds(network, images, y_true, exact, step)
-            if step >= 2:  # warm
-                times[exact].append(took)
-    for exact, name in ((True, "with"), (False, "without")):
-        speeds = sorted(MINI_BATCH / took for took in times[exact])
-        median = statistics.median(speeds)
-        print(f"{name:8} {median:6.1f} images/s (from {speeds[0]:.1f} to {speeds[-1]:.1f})")
-    ratios = [without / took for took, without in zip(times[True], times[False], strict=True)]
-    print(f"with / without: {statistics.median(ratios):.3f} (median of {repeats} pairs)")
+    y_true = functions.one_hot(rng.integers(0, NUM_CLASSES, MINI_BATCH), NUM_CLASSES)
+    ways = {name: gradient_of(name == "with", images, y_true) for name in ("with", "without")}
+    times = {name: np.array(taken) for name, taken in take_turns(ways, repeats, warm_up=2).items()}
+    for name, taken in times.items():
+        print(f"{name:8} {spread(MINI_BATCH / taken, '.1f')} images/s")
+    ratio = times["without"] / times["with"]
+    print(f"with / without: {spread(ratio, '.3f')} (median of {repeats} pairs)")
 
 
 if __name__ == "__main__":

@@ -19,20 +19,13 @@ and, with --log-dir, driver.py's own learning curves there, and all of them as c
 import argparse
 import csv
 import io
-import os
 import sys
-import tempfile
-from multiprocessing import get_context
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 import numpy as np
+from measuring import WORKERS, driver_network, loopback, run_apart
 
-import demo
-
-WORKERS = 2
+HERE = Path(__file__).resolve().parent
 TRAIN, VAL = ("ILSVRC2012_img_train/", "train.txt"), ("ILSVRC2012_img_val/", "val.txt")
 
 
@@ -45,8 +38,10 @@ def serve_folder(s3, folder):
     return "photos"
 
 
-def configure(driver, args):
-    """Set the constants that the command line decides, and how often to validate."""
+def configured(args):
+    """The module driver, with the constants that the command line decides."""
+    import driver
+
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.SEED = WORKERS, args.mini_batch, args.seed
     driver.PRECISION = args.precision
     driver.VALIDATE_EVERY = max(1, args.validate_every // (WORKERS * args.mini_batch))
@@ -55,38 +50,44 @@ def configure(driver, args):
         setattr(driver, name, getattr(driver, name) if value is None else value)
     if args.drops:
         driver.LEARNING_RATE_DROPS = tuple(n // (WORKERS * args.mini_batch) for n in args.drops)
+    return driver
 
 
-def drive(args, iterations, *flags):
-    """Run driver.py on the folder."""
-    import driver
-
-    configure(driver, args)
-    os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
-    with demo.s3_server() as environment:
-        os.environ.update(environment)
-        bucket = serve_folder(demo.s3_client(environment), args.folder)
+def drive(args, iterations, report, *flags):
+    """Run driver.py on the folder, watched by a report."""
+    driver = configured(args)
+    with loopback() as s3:
+        bucket = serve_folder(s3, args.folder)
         places = ["--key-prefix", TRAIN[0], "--label-file", TRAIN[1]]
-        status = driver.main(["--s3-bucket", bucket, *places, "--iterations", str(iterations), *flags])
-    if status:
-        sys.exit(status)
+        limit = ["--iterations", str(iterations)]
+        if status := driver.main(["--s3-bucket", bucket, *places, *limit, *flags], report=report):
+            sys.exit(status)
 
 
 def ours(args):
     """A list of (images, tag, value) of a run of driver.py."""
-    batch = WORKERS * args.mini_batch
-    with tempfile.TemporaryDirectory() as folder:
-        folder = args.log_dir or folder
-        held_out = ["--val-prefix", VAL[0], "--val-label-file", VAL[1], "--log-dir", str(folder)]
-        drive(args, args.images // batch, *held_out)
-        rows = read_events(folder)
-        if args.log_dir:
-            draw_events(rows, args.out)
-        return [
-            (iteration * batch, tag, value)
-            for iteration, tag, value in rows
-            if tag == "loss" or tag.startswith("validation")
-        ]
+    from results import Report
+
+    batch, rows = WORKERS * args.mini_batch, []
+
+    class Kept(Report):
+        """Says and draws all as ever, and keeps the losses and validations."""
+
+        def iteration(self, iteration, losses, *others):
+            super().iteration(iteration, losses, *others)
+            rows.append((iteration * batch, "loss", np.mean(losses)))
+
+        def validation(self, iteration, top1, top5):
+            super().validation(iteration, top1, top5)
+            rows.append((iteration * batch, "validation top-1", top1))
+            rows.append((iteration * batch, "validation top-5", top5))
+
+    held_out = ["--val-prefix", VAL[0], "--val-label-file", VAL[1]]
+    drawn = ["--log-dir", str(args.log_dir)] if args.log_dir else []
+    drive(args, args.images // batch, Kept(), *held_out, *drawn)
+    if drawn:
+        draw_events(read_events(args.log_dir), args.out)
+    return rows
 
 
 def read_events(folder):
@@ -103,12 +104,13 @@ def read_events(folder):
 
 def decoded(folder, prefix, label_file):
     """All images of a part uint8 [n, 256, 256, 3] and their labels [n]."""
+    import decoding
     import imagenet
 
     pairs = imagenet.parse_labels((Path(folder) / label_file).read_bytes(), 1000, label_file)
     images, labels = [], []
     for tar in sorted((Path(folder) / prefix).glob("*.tar")):
-        some, names, _ = imagenet.decode_tar(io.BytesIO(tar.read_bytes()), (256, 256))
+        some, names, _ = decoding.decode_tar(io.BytesIO(tar.read_bytes()), (256, 256))
         images.append(some)
         labels += [pairs[name] for name in names]
     return np.concatenate(images), np.array(labels)
@@ -119,10 +121,9 @@ def reference(args):
     import tensorflow as tf
 
     import alexnet
-    import driver
     import functions
 
-    configure(driver, args)
+    driver = configured(args)
     bfloat16 = {"auto_mixed_precision_onednn_bfloat16": args.precision == "bfloat16"}
     tf.config.optimizer.set_experimental_options(bfloat16)
     tf.keras.utils.set_random_seed(args.seed)
@@ -174,25 +175,18 @@ def reference(args):
         for k in (1, 5):
             hits = (ranks[:, :k] == truth[:, None]).any(axis=1)
             rows.append((seen, f"validation top-{k}", hits.mean()))
-        print(
-            f"reference: {seen} images, loss = {rows[-3][2]:.3f}, top-1 = {rows[-2][2]:.1%}", flush=True
-        )
+        loss, top1 = rows[-3][2], rows[-2][2]
+        print(f"reference: {seen} images, loss = {loss:.3f}, top-1 = {top1:.1%}", flush=True)
 
     for iteration in range(args.images // batch):
         if len(order) < batch:
             order = [*order, *rng.permutation(len(images))]
         chosen, order = order[:batch], order[batch:]
-        crops = []
-        for image in chosen:
-            top, left, mirrored = rng.integers(0, [33, 33, 2])
-            crop = (
-                images[image, top : top + 224, left : left + 224]
-                - mean[top : top + 224, left : left + 224]
-            )
-            crops.append(crop[:, ::-1] if mirrored else crop)
+        crops = rng.integers(0, [33, 33, 2], (batch, 3))
+        minibatch = functions.crop_images(images, labels, chosen, crops)
         drops = sum(iteration >= drop for drop in driver.LEARNING_RATE_DROPS)
         optimizer.learning_rate.assign(driver.LEARNING_RATE / 10**drops)
-        loss = step(np.stack(crops), labels[chosen]).numpy()
+        loss = step(functions.subtract_mean(minibatch, mean), minibatch.labels).numpy()
         rows.append((iteration * batch, "loss", loss))
         if (iteration + 1) % driver.VALIDATE_EVERY == 0 or iteration + 1 == args.images // batch:
             validate((iteration + 1) * batch)
@@ -203,82 +197,58 @@ def first_losses(args):
     """The first float32 losses of driver.py, and those of one session on the same mini-batches."""
     import ray
 
-    import alexnet
-    import driver
     import functions
+    import workers
+    from results import Report
 
-    minibatches, losses, mean_images, means = [], [], [], []
-    draw, compute = functions.Helpers.draw_minibatches, functions.Workers.compute_grad
-
-    def noted_draw(self, *arguments):
-        drawn = draw(self, *arguments)
-        minibatches.append(ray.get(drawn))
-        return drawn
-
-    def noted_compute(self, minibatch, mean, *arguments):
-        losses.append(compute(self, minibatch, mean, *arguments))
-        mean_images[:] = [ray.get(mean).copy()]
-        return losses[-1]
-
-    functions.Helpers.draw_minibatches, functions.Workers.compute_grad = noted_draw, noted_compute
+    driver = configured(args)
     # A worker's number of threads, which a process's first session fixes: others round otherwise,
     # and training amplifies the difference.
-    options = {"num_classes": driver.NUM_CLASSES, "momentum": driver.MOMENTUM}
-    network = alexnet.AlexNet(**options, threads=driver.CPUS_PER_WORKER)
-    drive(args, args.losses)
-    rng = functions.generator(driver.SEED, "initial weights")
-    start = alexnet.initial_weights(alexnet.LAYERS, driver.NUM_CLASSES, driver.INITIAL_WEIGHTS, rng)
-    network.initialize(start)
-    rows = []
-    for iteration, theirs in enumerate(losses):
-        got = []
-        for index, (pixels, labels, crops) in enumerate(minibatches[iteration]):
-            images = functions.subtract_mean(pixels, crops, mean_images[0])
-            y_true = functions.one_hot(labels, driver.NUM_CLASSES)
-            seed = functions.dropout_seed(driver.SEED, iteration, index)
-            got.append(network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed))
-        weights = network.weights()
-        means = means or [np.empty_like(weight) for weight in weights]
-        gradients = [gradients for gradients, _ in got]
-        norm = functions.mean_of(gradients, len(got), weights, driver.WEIGHT_DECAY, means)
-        network.apply(means, driver.LEARNING_RATE * driver.CLIP_NORM / max(norm, driver.CLIP_NORM))
-        rows.append((iteration, np.mean(theirs), np.mean([loss for _, loss in got])))
+    network, rows = driver_network(threads=driver.CPUS_PER_WORKER), []
+    means = [np.empty_like(weight) for weight in network.weights()]
+    decays = network.rule.decays([mean.shape for mean in means])
+
+    class Beside(Report):
+        """Does each iteration again, in one session."""
+
+        def start(self, iteration, batches, mean):
+            super().start(iteration, batches, mean)
+            self.batches, self.mean, self.helpers = batches, ray.get(mean), workers.Helpers()
+
+        def iteration(self, iteration, losses, *others):
+            super().iteration(iteration, losses, *others)
+            what = driver.MINI_BATCH, WORKERS, driver.SEED, iteration
+            minibatches = ray.get(self.helpers.draw_minibatches(self.batches, *what))
+            gradients, own_losses = [], []
+            for index, minibatch in enumerate(minibatches):
+                images = functions.subtract_mean(minibatch, self.mean)
+                y_true = functions.one_hot(minibatch.labels, driver.NUM_CLASSES)
+                seed = workers.dropout_seed(driver.SEED, iteration, index)
+                got = network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed)
+                gradients.append(got[0])
+                own_losses.append(got[1])
+            norm = workers.mean_of(gradients, len(gradients), network.weights(), decays, means)
+            network.apply(means, norm, network.rule.rate(iteration))
+            rows.append((iteration, np.mean(losses), np.mean(own_losses)))
+            self.resume()  # the time of this is no part of an iteration
+
+    drive(args, args.losses, Beside())
     return rows
-
-
-def run(function, args):
-    """What a function returns in a process of its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, (args,))
-
-
-def smooth(values, width):
-    """Running means of so many values."""
-    return np.convolve(values, np.ones(width) / width, "valid")
-
-
-def off_screen():
-    """matplotlib's pyplot, set to draw into files; imported only where something is drawn."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def draw_curves(out):
     """Draw all CSV files of a folder into one picture."""
-    pyplot = off_screen()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    from matplotlib.figure import Figure  # here: the other processes do without
+
+    figure = Figure((11, 4.2), layout="tight")
+    left, right = figure.subplots(1, 2)
     for path in sorted(out.glob("learning-*.csv")):
         rows = [(int(x), tag, float(y)) for x, tag, y in list(csv.reader(path.open()))[1:]]
         name = path.stem.removeprefix("learning-")
         losses = [(x, y) for x, tag, y in rows if tag == "loss"]
         width = min(50, len(losses))
-        left.plot(
-            [x for x, _ in losses[width - 1 :]], smooth([y for _, y in losses], width), label=name
-        )
+        smooth = np.convolve([y for _, y in losses], np.ones(width) / width, "valid")
+        left.plot([x for x, _ in losses[width - 1 :]], smooth, label=name)
         top1 = [(x, 100 * y) for x, tag, y in rows if tag == "validation top-1"]
         right.plot(*zip(*top1, strict=True), marker=".", label=name)
     left.set(xlabel="images", ylabel="training loss, mean of 50 iterations", ylim=(0, 7))
@@ -286,63 +256,58 @@ def draw_curves(out):
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.tight_layout()
     figure.savefig(out / "learning.png", dpi=110)
 
 
 def draw_events(rows, out):
     """Draw every tag of (iteration, tag, value) in a panel of its own."""
-    pyplot = off_screen()
+    from matplotlib.figure import Figure
+
     tags = list(dict.fromkeys(tag for _, tag, _ in rows))
-    figure, axes = pyplot.subplots(-(-len(tags) // 4), 4, figsize=(13, 2.3 * -(-len(tags) // 4)))
+    height = -(-len(tags) // 4)
+    figure = Figure((13, 2.3 * height), layout="tight")
+    axes = figure.subplots(height, 4)
     for panel in axes.flat[len(tags) :]:
         panel.axis("off")
     for panel, tag in zip(axes.flat, tags, strict=False):
         iterations, values = zip(*((x, y) for x, name, y in rows if name == tag), strict=True)
         panel.plot(iterations, values, linewidth=0.7)
         high = 1.2 * np.percentile(values, 98)  # the first steps are slow, and their losses high
-        panel.set(title=tag, ylim=(0, high))
+        panel.set(title=tag, ylim=(0, high or 1))
         panel.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=90)
+
+
+RUNS = {"ours": ours, "reference": reference}
 
 
 def main():
     """Run what is asked for, write curves and print the last figures."""
     parser = argparse.ArgumentParser(description="Train beside a reference, and compare.")
-    parser.add_argument("folder")
-    parser.add_argument("--images", type=int, default=50_000, help="images of a run")
-    parser.add_argument("--mini-batch", type=int, default=20, help="images of one worker's gradient")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, help="instead of driver.py's")
-    parser.add_argument(
-        "--initial-weights", type=float, help="a standard deviation, as the write-up's 0.1"
-    )
-    parser.add_argument(
-        "--drops", type=int, nargs="*", help="images after which the rate is divided by 10"
-    )
-    parser.add_argument("--validate-every", type=int, default=5000, help="images")
-    parser.add_argument(
-        "--runs", nargs="*", default=["ours", "reference"], choices=["ours", "reference"]
-    )
-    parser.add_argument("--name", default="", help="added to the names of the files")
-    parser.add_argument("--log-dir", type=Path, help="empty folder for driver.py's own curves")
-    parser.add_argument(
-        "--losses", type=int, default=0, help="compare so many first losses with a session"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=HERE, help="folder of the CSV files and the picture"
-    )
+    add = parser.add_argument
+    add("folder")
+    add("--images", type=int, default=50_000, help="images of a run")
+    add("--mini-batch", type=int, default=20, help="images of one worker's gradient")
+    add("--precision", default="float32", choices=["float32", "bfloat16"])
+    add("--seed", type=int, default=0)
+    add("--learning-rate", type=float, help="instead of driver.py's")
+    add("--initial-weights", type=float, help="a standard deviation, as the write-up's 0.1")
+    add("--drops", type=int, nargs="*", help="images after which the rate is divided by 10")
+    add("--validate-every", type=int, default=5000, help="images")
+    add("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
+    add("--name", default="", help="added to the names of the files")
+    add("--log-dir", type=Path, help="empty folder for driver.py's own curves")
+    add("--losses", type=int, default=0, help="compare so many first losses with a session")
+    add("--out", type=Path, default=HERE, help="folder of the CSV files and the picture")
     args = parser.parse_args()
     if args.losses:
-        rows = run(first_losses, argparse.Namespace(**vars(args) | {"precision": "float32"}))
+        rows = run_apart(first_losses, argparse.Namespace(**vars(args) | {"precision": "float32"}))
         for iteration, a, b in rows:
             print(f"iteration {iteration}: loss {a:.5f}, one session {b:.5f}")
         worst = max(abs(a - b) for _, a, b in rows)
         print(f"{len(rows)} losses: the largest difference is {worst:.1e}")
     for name in args.runs:
-        rows = run({"ours": ours, "reference": reference}[name], args)
+        rows = run_apart(RUNS[name], args)
         file = "-".join(filter(None, ["learning", name, args.precision, args.name])) + ".csv"
         with (args.out / file).open("w", newline="") as target:
             csv.writer(target).writerows([("images", "tag", "value"), *rows])

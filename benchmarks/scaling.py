@@ -9,26 +9,18 @@ of one size, so almost all bytes are whole sets; what is left over are mini-batc
 """
 
 import argparse
-import contextlib
 import os
 import re
-import sys
 import time
 import urllib.request
-from multiprocessing import get_context
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 
 import numpy as np
 import ray
+from measuring import NUM_CLASSES, WORKERS, loopback, run_apart, spread, watch
 from ray.cluster_utils import Cluster
 
-import demo
-import functions
+from tests.support import fill_bucket
 
-WORKERS = 2  # on each node
 MINI_BATCH = 20
 WARM_UP = 3  # iterations
 STORE = 1500 * 2**20  # bytes of a node's object store: eight fit into 24 GiB
@@ -80,40 +72,37 @@ def settled_counters():
     return last
 
 
-def measure(pipe, nodes, iterations):
-    """Run driver.py on so many nodes; sends a list of (seconds, bytes [nodes, 2]) of each iteration."""
+def measure(nodes, iterations):
+    """Run driver.py on so many nodes of 2 workers; returns the number of the driver's node, and of each
+    iteration the seconds and the bytes: [iterations] and [iterations, nodes, 2]."""
     import driver
+    import workers
 
-    functions.Worker = Returner
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.ACCURACY_EVERY = WORKERS * nodes, MINI_BATCH, 10**9
     driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = "float32", 0.0, 0.0
-    rows, before = [], None
+    seconds, counts = [], []
 
-    def gate(text, **_):
-        nonlocal before
-        if match := re.match(r"Iteration \d+: loss.* (\S+) s$", text):
-            now = settled_counters()
-            if before is not None:
-                rows.append((float(match[1]), now - before))
-            before = now
+    def stand_still(phases):
+        seconds.append(sum(phases.values()))
+        counts.append(settled_counters())
 
-    driver.print = gate
     size = {"num_cpus": WORKERS, "object_store_memory": STORE}
-    with demo.s3_server() as environment:
-        os.environ.update(environment)
-        demo.fill_bucket(demo.s3_client(environment), "scaling", images_per_class=60)
+    with loopback() as s3:
+        fill_bucket(s3, "scaling", images_per_class=60)
         quick = {"metrics_report_interval_ms": 500}
         cluster = Cluster(initialize_head=True, head_node_args=size | {"_system_config": quick})
         for _ in range(nodes - 1):
             cluster.add_node(**size)
         os.environ["RAY_ADDRESS"] = cluster.address
-        functions.connect()
+        workers.connect()
         head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
-        with contextlib.redirect_stdout(None):
-            driver.main(["--s3-bucket", "scaling", "--iterations", str(WARM_UP + iterations)])
+        flags = ["--s3-bucket", "scaling", "--iterations", str(WARM_UP + iterations)]
+        status = driver.main(flags, report=watch(stand_still), actor=Returner)
         ray.shutdown()
         cluster.shutdown()
-    pipe.send((head, rows[-iterations:]))
+    if status:
+        raise RuntimeError(f"driver.py ended with {status}")
+    return head, seconds[-iterations:], np.diff(counts, axis=0)[-iterations:]
 
 
 def main():
@@ -124,25 +113,18 @@ def main():
     args = parser.parse_args()
     import alexnet
 
-    shapes = alexnet.weight_shapes(alexnet.LAYERS, 1000)
+    shapes = alexnet.weight_shapes(alexnet.LAYERS, NUM_CLASSES)
     one_set = 4 * sum(int(np.prod(shape)) for shape in shapes)
     print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB; a mini-batch: {CROPS / 1e6:.1f} MB")
     print("Whole sets into and out of the driver's node, and of all nodes; MB of anything else")
     print("nodes   into  out of    all  else, MB  seconds an iteration")
     for nodes in args.nodes:
-        ours, theirs = get_context("spawn").Pipe()
-        process = get_context("spawn").Process(target=measure, args=(theirs, nodes, args.iterations))
-        process.start()
-        theirs.close()
-        head, rows = ours.recv()
-        process.join()
-        seconds = [row[0] for row in rows]
-        moved = np.array([row[1] for row in rows])  # [iterations, nodes, 2]
+        head, seconds, moved = run_apart(measure, nodes, args.iterations)
         into, out, everything = moved[:, head, 0], moved[:, head, 1], moved[:, :, 0].sum(axis=1)
         sets = [np.median(values // one_set) for values in (into, out, everything)]
         rest = np.median(everything % one_set) / 1e6
-        spread = f"{np.median(seconds):.2f} [{min(seconds):.2f}..{max(seconds):.2f}]"
-        print("{:5} {:6.0f} {:7.0f} {:6.0f} {:9.1f}  {}".format(nodes, *sets, rest, spread), flush=True)
+        taken = spread(seconds, ".2f")
+        print("{:5} {:6.0f} {:7.0f} {:6.0f} {:9.1f}  {}".format(nodes, *sets, rest, taken), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,37 +5,30 @@
 Ours is driver.py itself, with 2 workers of one CPU; the others are
 
     session   one plain TensorFlow session of 2 threads on the mini-batches of both workers: the limit
-    apart     two sessions of one thread that compute gradients and tell nobody: our limit
+    apart     two sessions of one thread that compute gradients and send them nowhere: our limit
     mirrored  tf.distribute.MultiWorkerMirroredStrategy, 2 processes of one thread
     ddp       PyTorch's DistributedDataParallel over gloo, 2 processes of one thread, channels_last
 
-Each keeps its input ready in memory, where driver.py draws and crops its own. All are up all the time
-and take turns, so that a change of the machine's mood hits all alike; who waits uses no CPU. Prints
-medians and, in brackets, the least and the most; a ratio is the median of the ratios of neighbours.
-Last come the median seconds of the phases of our iteration.
+The others have their input ready in memory; driver.py draws and crops its own. All run all the time and
+take turns, so that a change of the machine's speed affects all of them. One that waits uses no CPU.
+Prints medians and, in brackets, the least and the most. A ratio is the median of the ratios of
+neighbours. The last line has the median seconds of the phases of our iteration.
 """
 
 import argparse
 import json
 import os
-import re
-import socket
-import sys
+import signal
 import time
-from multiprocessing import get_context
-from pathlib import Path
+from functools import partial
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
+import measuring
 import numpy as np
+from measuring import KEEP_PROBABILITY, NUM_CLASSES, WARM_UP, WORKERS, initial_weights, serve, spread
 
-import demo
+from tests.support import draw_image, fill_bucket, free_port
 
-WORKERS = 2
-NUM_CLASSES = 1000
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, KEEP_PROBABILITY = 0.0025, 0.9, 5e-4, 0.5
-WARM_UP = 4  # steps
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.0025, 0.9, 5e-4
 
 # What ours should reach, in images a second over the peer's, by (mini-batch, precision).
 TARGETS = {
@@ -58,124 +51,82 @@ def make_batch(mini_batch):
     import functions
 
     rng = np.random.default_rng(0)
-    pictures = [np.asarray(demo.draw_image(label, rng))[:224, :224] for label in range(10)]
+    pictures = [np.asarray(draw_image(label, rng))[:224, :224] for label in range(10)]
     images = functions.aligned_empty((mini_batch, 224, 224, 3))
     np.subtract([pictures[i % 10] for i in range(mini_batch)], np.float32(110), out=images)
     return images, functions.one_hot(rng.integers(0, NUM_CLASSES, mini_batch), NUM_CLASSES)
 
 
-def serve(pipe, step):
-    """Run as many steps as the pipe asks for, again and again; answers with the seconds of one."""
-    for _ in range(WARM_UP):
-        step()
-    pipe.send(None)
-    while count := pipe.recv():
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
-        pipe.send((time.perf_counter() - start) / count)
-    pipe.send(None)
+# ---- the peers; each function is a process: (pipe, rank, ports, mini-batch, precision, norm)
 
 
-# ---- the peers; each function is a process: (pipe, rank, port, mini-batch, precision, norm)
-
-
-def ours(pipe, rank, port, mini_batch, precision, norm):
-    """driver.py, which stands still where it would print an iteration's line until it is asked on."""
+def ours(pipe, rank, ports, mini_batch, precision, norm):
+    """driver.py, which stands still at the end of an iteration until it is asked on."""
     import driver
-    import functions
 
-    class Noted(functions.Stopwatch):
-        def __init__(self):
-            super().__init__()
-            iterations.append(self.seconds)
-
-    functions.Stopwatch, iterations = Noted, []
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.PRECISION = WORKERS, mini_batch, precision
     driver.LAYERS = layers(norm)
     driver.ACCURACY_EVERY = 10**9
-    due, start = WARM_UP, None
+    iterations, count, due, start = [], None, WARM_UP, None
 
-    def gate(text, **_):
-        nonlocal due, start
-        if not re.match(r"Iteration \d+: loss", text):
-            return
+    def stand_still(phases):
+        nonlocal count, due, start
+        iterations.append(phases)
         due -= 1
-        if not due:
-            pipe.send(start and (time.perf_counter() - start[0]) / start[1])
-            due = pipe.recv()
-            if not due:
-                phases = iterations[0]
-                pipe.send({p: np.median([i[p] for i in iterations[WARM_UP:]]) for p in phases})
-                os.kill(os.getpid(), 2)  # Ctrl-C: it stops after this step
-                due = -1
-            start = time.perf_counter(), due
+        if due:
+            return
+        pipe.send(count and (time.perf_counter() - start) / count)
+        count = due = pipe.recv()
+        if not count:
+            measured = iterations[WARM_UP:]
+            pipe.send({name: np.median([i[name] for i in measured]) for name in phases})
+            os.kill(os.getpid(), signal.SIGINT)  # it stops after this step
+        start = time.perf_counter()
 
-    os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
-    driver.print = gate
-    with demo.s3_server() as environment:
-        os.environ.update(environment)
-        demo.fill_bucket(demo.s3_client(environment), "step", images_per_class=12)
-        driver.main(["--s3-bucket", "step"])
+    with measuring.loopback() as s3:
+        fill_bucket(s3, "step", images_per_class=12)
+        driver.main(["--s3-bucket", "step"], report=measuring.watch(stand_still))
 
 
-def session(pipe, rank, port, mini_batch, precision, norm):
+def session(pipe, rank, ports, mini_batch, precision, norm):
     """One TensorFlow session: gradients, weight decay and momentum in one graph, nothing fetched."""
     import alexnet
-    import functions
-
-    tf = alexnet.tf
-
-    class Plain(alexnet.AlexNet):
-        def _build(self, layers, num_classes, momentum, precision):
-            super()._build(layers, num_classes, momentum, "float32")
-            used = [tf.cast(v, precision) for v in self.parameters]
-            logits = alexnet.forward(self.images, used, layers, self._dropout)
-            losses = tf.nn.softmax_cross_entropy_with_logits_v2(self.y_true, logits)
-            self.loss = tf.reduce_mean(losses)
-            optimizer = tf.train.MomentumOptimizer(LEARNING_RATE, momentum)
-            pairs = [(g + WEIGHT_DECAY * v, v) for g, v in optimizer.compute_gradients(self.loss)]
-            self.train = optimizer.apply_gradients(pairs)
-            self.initializer = tf.group(
-                self.initializer, tf.variables_initializer(optimizer.variables())
-            )
 
     alexnet.keep_memory()
     table = layers(norm)
-    network = Plain(table, momentum=MOMENTUM, threads=2, precision=precision)
-    rng = functions.generator(0)
-    network.initialize(alexnet.initial_weights(table, NUM_CLASSES, "he", rng))
+    with alexnet.tf.Graph().as_default():
+        network = measuring.plain_network(table, precision)
+        optimizer = alexnet.tf.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
+        pairs = optimizer.compute_gradients(network.loss, network.variables)
+        train = optimizer.apply_gradients([(g + WEIGHT_DECAY * v, v) for g, v in pairs])
+        running = measuring.open_session(network, table, threads=WORKERS)
     images, y_true = make_batch(mini_batch * WORKERS)
-    feed = {network.images: images, network.y_true: y_true, network.keep: KEEP_PROBABILITY}
-    serve(pipe, lambda: network.sess.run([network.train, network.loss], feed))
+    feed = {network.images: images, network.y_true: y_true}
+    serve(pipe, lambda: running.run([train, network.loss], feed))
 
 
-def apart(pipe, rank, port, mini_batch, precision, norm):
+def apart(pipe, rank, ports, mini_batch, precision, norm):
     """A worker's network on its own: gradients of the same weights again and again, not fetched."""
     import alexnet
-    import functions
 
     alexnet.keep_memory()
     table = layers(norm)
     network = alexnet.AlexNet(table, threads=1, precision=precision)
-    local = alexnet.AlexNet(table)
-    local.initialize(alexnet.initial_weights(table, NUM_CLASSES, "he", functions.generator(0)))
-    network.update_weights(local.weights(precision))
+    network.update_weights(initial_weights(table, precision))
     images, y_true = make_batch(mini_batch)
     feed = {network.images: images, network.y_true: y_true, network.keep: KEEP_PROBABILITY}
     gradients = [gradient.op for gradient, _ in network.compgrads]
     serve(pipe, lambda: network.sess.run([gradients, network.loss], feed))
 
 
-def mirrored(pipe, rank, port, mini_batch, precision, norm):
+def mirrored(pipe, rank, ports, mini_batch, precision, norm):
     """MultiWorkerMirroredStrategy, in its own loop of strategy.run, as Ray Train would run it."""
-    addresses = [f"127.0.0.1:{port + i}" for i in range(WORKERS)]
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
     task = {"type": "worker", "index": rank}
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
     import tensorflow as tf
 
     import alexnet
-    import functions
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -185,9 +136,7 @@ def mirrored(pipe, rank, port, mini_batch, precision, norm):
     table = layers(norm)
     images, y_true = make_batch(mini_batch)
     with strategy.scope():
-        rng = functions.generator(0)
-        weights = alexnet.initial_weights(table, NUM_CLASSES, "he", rng)
-        variables = [tf.Variable(weight) for weight in weights]
+        variables = [tf.Variable(weight) for weight in initial_weights(table)]
         optimizer = tf.compat.v1.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
 
     def dropout(x, layer):
@@ -212,14 +161,14 @@ def mirrored(pipe, rank, port, mini_batch, precision, norm):
     serve(pipe, lambda: step(images, y_true).numpy())
 
 
-def ddp(pipe, rank, port, mini_batch, precision, norm):
+def ddp(pipe, rank, ports, mini_batch, precision, norm):
     """DistributedDataParallel over gloo; buckets are views of gradients, the graph is static."""
     import torch
     from torch import nn
 
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
+    address = f"tcp://127.0.0.1:{ports[0]}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=WORKERS)
     # The same layers; "SAME" padding of 11x11/4 is one wider behind than before; alpha is of the sum.
     modules, channels, side = [nn.ZeroPad2d((3, 4, 3, 4))], 3, 224
@@ -243,9 +192,8 @@ def ddp(pipe, rank, port, mini_batch, precision, norm):
     assert sum(p.numel() for p in model.parameters()) == 62_378_344
     model = model.to(memory_format=torch.channels_last)
     model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
-    optimizer = torch.optim.SGD(
-        model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    decay = {"weight_decay": WEIGHT_DECAY, "fused": True}
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, **decay)
     images, y_true = make_batch(mini_batch)
     images = torch.from_numpy(images / 58).permute(0, 3, 1, 2)  # channels last, as it lies
     classes = torch.from_numpy(y_true.argmax(1))
@@ -264,62 +212,8 @@ def ddp(pipe, rank, port, mini_batch, precision, norm):
 
 # ---- taking turns
 
-PEERS = {
-    "ours": (ours, 1),
-    "session": (session, 1),
-    "apart": (apart, 2),
-    "mirrored": (mirrored, 2),
-    "ddp": (ddp, 2),
-}
-
-
-class Peer:
-    """The processes of a peer, which stand still until they are asked for steps."""
-
-    def __init__(self, name, *arguments):
-        function, count = PEERS[name]
-        context, port = get_context("spawn"), free_ports()
-        self._pipes = []
-        for rank in range(count):
-            pipe, end = context.Pipe()
-            context.Process(target=function, args=(end, rank, port, *arguments)).start()
-            end.close()
-            self._pipes.append(pipe)
-        self._answers()
-
-    def _answers(self):
-        return [pipe.recv() for pipe in self._pipes]
-
-    def seconds(self, steps):
-        """Seconds that one step takes, of so many in a row."""
-        for pipe in self._pipes:
-            pipe.send(steps)
-        return max(self._answers())
-
-    def end(self):
-        """End the processes; the median seconds of each phase, of ours."""
-        for pipe in self._pipes:
-            pipe.send(0)
-        return self._answers()[0]
-
-
-def free_ports():
-    """The first of two ports in a row that are free."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-
-
-def spread(values, digits):
-    """Median, least and most of some numbers."""
-    low, middle, high = (f"{f(values):.{digits}f}" for f in (np.min, np.median, np.max))
-    return f"{middle} [{low}..{high}]"
+PEERS = {peer.__name__: peer for peer in (ours, session, apart, mirrored, ddp)}
+ALONE = ours, session  # of one process; the others have as many as there are workers
 
 
 def main():
@@ -334,24 +228,24 @@ def main():
     args = parser.parse_args()
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as alexnet.py does, for all
     arguments = args.mini_batch, args.precision, not args.no_norm
-    names = ["ours", *args.peers]
-    peers = {name: Peer(name, *arguments) for name in names}
-    speeds = {name: [] for name in names}
-    for _ in range(args.repeats):
-        for name, peer in peers.items():
-            speeds[name].append(WORKERS * args.mini_batch / peer.seconds(args.steps))
+    peers = {}
+    for name in ("ours", *args.peers):
+        count, ports = 1 if PEERS[name] in ALONE else WORKERS, [free_port() for _ in range(WORKERS)]
+        peers[name] = measuring.Peer(PEERS[name], count, ports, *arguments)
+    ways = {name: partial(peer.seconds, args.steps) for name, peer in peers.items()}
+    seconds = measuring.take_turns(ways, args.repeats, warm_up=0)
     phases = [peer.end() for peer in peers.values()][0]
     norm = "without normalisation" if args.no_norm else "the paper's normalisation"
     print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}, {norm}: images/s")
     targets = TARGETS.get((args.mini_batch, args.precision), {})
-    for name, values in speeds.items():
-        ratio = np.divide(speeds["ours"], values)
-        line = f"{name:10} {spread(values, 1):>24}"
+    for name, taken in seconds.items():
+        line = f"{name:10} {spread(WORKERS * args.mini_batch / np.array(taken), '.1f'):>24}"
+        ratios = np.divide(taken, seconds["ours"])
         if name != "ours":
-            line += f"   ours / {name} = {spread(ratio, 2)}"
+            line += f"   ours / {name} = {spread(ratios, '.2f')}"
         if name in targets:
-            line += f", target {targets[name]}: "
-            line += "met" if np.median(ratio) >= targets[name] else "MISSED"
+            met = measuring.verdict(ratios, f">= {targets[name]}")
+            line += f", target {targets[name]}: {met}"
         print(line)
     print("of our iteration:", ", ".join(f"{name} {value:.3f}" for name, value in phases.items()))
 
