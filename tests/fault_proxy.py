@@ -9,14 +9,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-ERRORS = {"500": "InternalError", "503": "SlowDown"}
+ERRORS = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
 
 
 @dataclasses.dataclass
 class Request:
-    """A request that came: `sent` counts the bytes of the body that it was sent."""
+    """A request that came: `sent` counts the bytes of the body that was sent back.
+
+    `key` is the last part of the path, the bucket's name in a listing; `path` has the query, too.
+    """
 
     method: str
+    path: str
     key: str
     range: str | None
     fault: object
@@ -24,13 +28,14 @@ class Request:
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Passes GET and HEAD on to an S3 server, with faults; keeps a list of the `requests`.
+    """Passes requests on to an S3 server, with faults; keeps a list of the `requests`.
 
     `faults` holds, by (method, key), an iterator of what happens to each request in turn:
 
     | fault    | the client                                                   |
     | -------- | ------------------------------------------------------------ |
     | None     | gets the answer                                              |
+    | "403"    | gets 403 AccessDenied                                        |
     | "500"    | gets 500 InternalError                                       |
     | "503"    | gets 503 SlowDown                                            |
     | "silent" | never gets an answer                                         |
@@ -64,28 +69,30 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):  # noqa: N802, the name is BaseHTTPRequestHandler's
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         key = urlsplit(self.path).path.rpartition("/")[2]
         fault = self.server.next_fault(self.command, key)
-        request = Request(self.command, key, self.headers["Range"], fault)
+        request = Request(self.command, self.path, key, self.headers["Range"], fault)
         self.server.requests.append(request)
         if fault in ERRORS:
             self._error(int(fault), ERRORS[fault])
         elif fault == "silent":
             self.server.closing.wait()
         elif fault != "drop":
-            self._pass_on(request)
+            self._pass_on(request, body)
         if fault in ("silent", "drop", "reset", "cut", "stall"):
             self.close_connection = True
         if fault in ("drop", "reset"):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
-    def _pass_on(self, request):
+    def _pass_on(self, request, body):
         """Answer as the S3 server does, up to the fault."""
         connection = http.client.HTTPConnection(urlsplit(self.server.endpoint).netloc, timeout=60)
         with contextlib.closing(connection):
-            connection.request(self.command, self.path, headers=dict(self.headers))
+            headers = {name: value for name, value in self.headers.items() if name != "Expect"}
+            connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             body = answer.read()
         if callable(request.fault):
@@ -107,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def log_message(self, *_):

@@ -1,4 +1,4 @@
-"""Damaged and hostile tars, images and label files against imagenet's decoders.
+"""Damaged and hostile tars, images and label files against the decoders.
 
     python -m tests.fuzz --inputs 10000 --seed 0
 
@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import demo
+import decoding
 import imagenet
+from tests.support import draw_image, encode
 
 SIZE = (32, 48)  # height and width that images are decoded to
 NUM_CLASSES = 10
@@ -48,7 +49,7 @@ BLOCK = 512
 def intact_images():
     """Images of every format and mode that is taken, as bytes."""
     rng = np.random.default_rng(0)
-    pictures = [demo.draw_image(label, rng, (60 + 7 * label, 50 + 5 * label)) for label in range(8)]
+    pictures = [draw_image(label, rng, (60 + 7 * label, 50 + 5 * label)) for label in range(8)]
     colour, grey = pictures[0], pictures[1].convert("L")
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     return [
@@ -68,13 +69,6 @@ def intact_images():
         *(encode(image, "BMP") for image in (colour, grey, colour.quantize(), grey.convert("1"))),
         *(encode(colour.convert("RGBA"), "WEBP", lossless=lossless) for lossless in (False, True)),
     ]
-
-
-def encode(image, kind, **options):
-    """An image as bytes of a file format."""
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
 
 
 @functools.cache
@@ -322,9 +316,9 @@ def label_file(rnd):
 # ---- what must hold
 
 
-def check_tar(data):
+def check_tar(data, decode_tar=decoding.decode_tar):
     """Findings on a tar: decode_tar raises nothing, keeps what it must, says what it leaves out."""
-    images, names, left_out = imagenet.decode_tar(io.BytesIO(data), SIZE)
+    images, names, left_out = decode_tar(io.BytesIO(data), SIZE)
     kept = [(name, digest(image)) for name, image in zip(names, images, strict=True)]
     must = intact_members(data)
     lost = Counter(pixels for _, pixels in must) - Counter(pixels for _, pixels in kept)
@@ -364,21 +358,21 @@ def intact_members(data):
 @functools.cache
 def intact_pixels():
     """A digest of the pixels of each intact image: a dict by its bytes."""
-    return {image: digest(imagenet.decode_image(image, SIZE)) for image in intact_images()}
+    return {image: digest(decoding.decode_image(image, SIZE)) for image in intact_images()}
 
 
 def digest(image):
     return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
 
-def check_image(data):
+def check_image(data, decode_image=decoding.decode_image):
     """Findings on an image: pixels, the same ones each time, or an ImageError of one line."""
     results = []
     for _ in range(2):
         try:
-            image = imagenet.decode_image(data, SIZE)
+            image = decode_image(data, SIZE)
             results.append((image.shape, image.dtype, digest(image)))
-        except imagenet.ImageError as error:
+        except decoding.ImageError as error:
             results.append(str(error))
     first, second = results
     if first != second:
@@ -388,10 +382,10 @@ def check_image(data):
     return [] if first[:2] == ((*SIZE, 3), np.uint8) else [f"the image is {first}"]
 
 
-def check_labels(data):
+def check_labels(data, parse_labels=imagenet.parse_labels):
     """Findings on a label file: labels in range, none lost, or an InputError of one line."""
     try:
-        labels = imagenet.parse_labels(data, NUM_CLASSES, "s3://b/train.txt")
+        labels = parse_labels(data, NUM_CLASSES, "s3://b/train.txt")
     except imagenet.InputError as error:
         line = str(error)
         fine = line.startswith("s3://b/train.txt") and line.isprintable() and len(line) < 300
@@ -457,19 +451,20 @@ def serve(connection, attempt, seed, numbers, cpu_seconds):
         connection.send([finding[:300] for finding in findings + written])
 
 
-def run(inputs, seed, attempt=attempt):
+def run(inputs, seed, attempt=attempt, cpu_seconds=CPU_SECONDS, patience=PATIENCE):
     """Try so many inputs; a list of the findings, one line each."""
-    spawn = multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")  # it imports once, for all processes
+    server.set_forkserver_preload([__name__, attempt.__module__])
     findings, number = [], 0
     while number < inputs:
-        connection, theirs = spawn.Pipe(duplex=False)
+        connection, theirs = server.Pipe(duplex=False)
         numbers = range(number, inputs)
-        child = spawn.Process(target=serve, args=(theirs, attempt, seed, numbers, CPU_SECONDS))
+        child = server.Process(target=serve, args=(theirs, attempt, seed, numbers, cpu_seconds))
         child.start()
         theirs.close()
         try:
             while number < inputs:
-                found = connection.recv() if connection.poll(PATIENCE) else ["stuck"]
+                found = connection.recv() if connection.poll(patience) else ["stuck"]
                 findings += [f"input {number} of seed {seed}: {finding}" for finding in found]
                 number += 1
                 if found == ["stuck"]:
@@ -488,7 +483,7 @@ def run(inputs, seed, attempt=attempt):
 
 def main():
     """Run as the command line says; the exit status is 1 if anything was found."""
-    parser = argparse.ArgumentParser(description="Fuzz imagenet's decoders.")
+    parser = argparse.ArgumentParser(description="Fuzz the decoders.")
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,17 +1,43 @@
-"""What tests, benchmarks and the demo share: an S3 server on loopback, buckets, pictures and tars."""
+"""What tests, benchmarks and the demo share: an S3 server on loopback, buckets, pictures and tars; and
+what several tests share: the thin network, workers, driver.py as a process, checksums of its weights.
+
+TensorFlow, Ray and the program are imported where they are needed: the demo draws without them.
+"""
 
 import contextlib
+import hashlib
 import io
+import itertools
+import os
 import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from collections import namedtuple
+from pathlib import Path
 
 import boto3
 import numpy as np
 from botocore.config import Config
 from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A network so thin that a step takes milliseconds; its layers are those of AlexNet.
+THIN = (
+    ("conv", 8, 11, 4, "norm", "pool"),
+    ("conv", 8, 5, 1, "norm", "pool"),
+    ("conv", 8, 3, 1),
+    ("conv", 8, 3, 1),
+    ("conv", 8, 3, 1, "pool"),
+    ("dense", 32),
+    ("dense", 32),
+)
+
+
+# ---- pictures and tars
 
 
 def draw_image(label, rng, size=(320, 280)):
@@ -41,15 +67,27 @@ def jpeg(image, quality=85):
     return encode(image, "JPEG", quality=quality)
 
 
+def photo(seed=0):
+    """The JPEG bytes of a picture that the seed decides."""
+    return jpeg(draw_image(seed, np.random.default_rng(seed)))
+
+
 def make_tar(files):
-    """A dict of name -> bytes as the bytes of a tar."""
+    """A dict of name -> bytes, or TarInfo of a member that has none, as the bytes of a tar."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as tar:
         for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                tar.addfile(content)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
     return data.getvalue()
+
+
+# ---- S3
 
 
 def free_port():
@@ -59,6 +97,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def wait_for_port(port, process=None, seconds=60):
+    """Wait until something listens on a port of loopback; RuntimeError if it does not, or has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (process and process.poll() is not None):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"nothing listens on port {port}")
+
+
 @contextlib.contextmanager
 def s3_server(log=subprocess.DEVNULL):
     """Run moto's S3 server as a process on a free port of loopback; yields its environment."""
@@ -66,13 +114,7 @@ def s3_server(log=subprocess.DEVNULL):
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("moto's S3 server does not start")
-            time.sleep(0.1)
+        wait_for_port(port, server)
         yield {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "demo",
@@ -107,3 +149,182 @@ def fill_bucket(s3, bucket, images_per_class, num_classes=10):
         s3.put_object(Bucket=bucket, Key=f"ILSVRC2012_img_train/{wnid}.tar", Body=make_tar(files))
         lines += [f"{wnid}/{name} {label}" for name in names]
     s3.put_object(Bucket=bucket, Key="train.txt", Body="\n".join(lines).encode())
+
+
+# ---- runs
+
+
+def thin_constants(patch):
+    """Give driver.py the thin network by pytest's monkeypatch: its constants are there to be set."""
+    import driver
+
+    patch.setattr(driver, "LAYERS", THIN)
+    patch.setattr(driver, "NUM_CLASSES", 10)
+    patch.setattr(driver, "ACCURACY_EVERY", 2)
+    patch.setattr(driver, "PRECISION", "float32")  # on any CPU
+
+
+def train(bucket, *options, **hooks):
+    """driver.py in this process, on the session's Ray; `hooks` are `driver.main`'s."""
+    import driver
+
+    return driver.main(["--s3-bucket", bucket, *map(str, options)], **hooks)
+
+
+def two_workers(**actor):
+    """A pool of two workers with the thin network, which are up; `actor` may be another class."""
+    import results
+    import workers
+
+    network, share = {"layers": THIN, "num_classes": 10}, {"cpus": 1, "gpus": 0}
+    pool = workers.Workers(
+        *(2, share, network, "float32", workers.Helpers(), 100, results.Report(), False),
+        **actor,
+    )
+    pool.wait(60)
+    return pool
+
+
+Note = namedtuple("Note", "method pid iteration weights")
+
+
+def noting_worker(folder):
+    """The class of workers that compute nothing: they note their calls in a folder, for `notes`.
+
+    An accuracy is not there before two gradients are.
+    """
+    import ray
+
+    import alexnet
+
+    shapes = alexnet.weight_shapes(THIN, 10)
+    place = folder / "notes"
+
+    def note(method, iteration, weightrefs):
+        with place.open("a") as file:
+            file.write(f"{method} {os.getpid()} {iteration} {weightrefs[0].hex()}\n")
+
+    @ray.remote
+    class NotingWorker:
+        def __init__(self, network):
+            self.gradients = [np.zeros(shape, np.float32) for shape in shapes]
+
+        def node(self):
+            return ray.get_runtime_context().get_node_id()
+
+        def update_weights(self, iteration, weightrefs, passed_on=None):
+            note("update_weights", iteration, weightrefs)
+
+        def compute_grad(self, iteration, weightrefs, minibatch, mean, keep_probability, dropout_seed):
+            note("compute_grad", iteration, weightrefs)
+            return self.gradients, 1.0
+
+        def print_accuracy(self, iteration, weightrefs, minibatch, mean):
+            deadline = time.monotonic() + 60
+            while place.read_text().count("compute_grad") < 2:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the gradients wait for the accuracy")
+                time.sleep(0.05)
+            note("print_accuracy", iteration, weightrefs)
+            return 0.5
+
+        def count_hits(self, iteration, weightrefs, images, labels, start, stop, mean):
+            note("count_hits", iteration, weightrefs)
+            return np.zeros(2, int)
+
+    return NotingWorker
+
+
+def notes(folder):
+    """The calls of a run's noting workers, in their order: a list of Note."""
+    return [Note(*line.split()) for line in (folder / "notes").read_text().splitlines()]
+
+
+def checksums(folder):
+    """SHA-256 of every variable and its momentum in the newest checkpoint."""
+    from alexnet import tf
+
+    reader = tf.train.load_checkpoint(str(folder))
+    names = [name for name in reader.get_variable_to_shape_map() if name != "facts"]
+    assert len(names) == 32
+    return {name: hashlib.sha256(reader.get_tensor(name).tobytes()).hexdigest() for name in names}
+
+
+def fingerprint(batches):
+    """A fingerprint of a multiset of images with their labels, given as pairs of arrays."""
+    pairs = [
+        (hashlib.sha256(image.tobytes()).hexdigest(), int(label))
+        for images, labels in batches
+        for image, label in zip(images, labels, strict=True)
+    ]
+    return f"{len(pairs)} images: {hashlib.sha256(repr(sorted(pairs)).encode()).hexdigest()}"
+
+
+# ---- processes
+
+
+class Run:
+    """A program as a process of its own, and its lines as they come."""
+
+    def __init__(self, command, environment, **options):
+        """Start it; `options` are Popen's."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **streams, **options)
+        self.pid, self._lines, self._news = self.process.pid, [], threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in itertools.chain(self.process.stdout, ["[end]"]):
+            with self._news:
+                self._lines.append(line)
+                self._news.notify_all()
+
+    def output(self):
+        """All that has come so far, standard error too."""
+        return "".join(self._lines)
+
+    def wait_for(self, text, seconds=120):
+        """Wait until the output holds a text."""
+        with self._news:
+            came = self._news.wait_for(lambda: text in self.output() or "[end]" in self._lines, seconds)
+        assert came and text in self.output(), f"{text!r} did not come:\n{self.output()}"
+
+    def wait(self, seconds=200):
+        """Wait for the end; the exit status."""
+        status = self.process.wait(seconds)
+        self.wait_for("[end]", 30)
+        return status
+
+    def kill(self):
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def thin_driver(*arguments, address="local", environment=None, **options):
+    """A Run of thin_driver.py with settings and flags, on the Ray at an address; killed at the end."""
+    command = [sys.executable, "-u", str(ROOT / "tests" / "thin_driver.py"), *map(str, arguments)]
+    environment = os.environ | {"RAY_ADDRESS": address} | (environment or {})
+    run = Run(command, environment, **options)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def workers_of(pid):
+    """The worker processes below a process."""
+    import psutil  # Ray brings it
+
+    below = psutil.Process(pid).children(recursive=True)
+    return [process for process in below if title(process).startswith("ray::Worker")]
+
+
+def title(process):
+    """What a process calls itself: Ray's name what they do; nothing if it has ended."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, IndexError):
+        return process.cmdline()[0]
+    return ""

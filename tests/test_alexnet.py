@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import THIN
 from ml_dtypes import bfloat16
 
 import alexnet
 import functions
+import results
 from imagenet import InputError
+from tests.support import THIN
 
 
 def random_input(n=4, num_classes=10, seed=0):
@@ -19,10 +20,14 @@ def random_input(n=4, num_classes=10, seed=0):
     return images, np.eye(num_classes, dtype=np.float32)[rng.integers(0, num_classes, n)]
 
 
-def thin_network(**options):
-    network = alexnet.AlexNet(THIN, num_classes=10, **options)
-    weights = alexnet.initial_weights(THIN, 10, "he", np.random.default_rng(0))
-    network.initialize(weights)
+LONG = 1e9  # a norm that no gradient here has
+
+
+def thin_network(momentum=0.0, clip_norm=LONG):
+    """The thin network, which SGD trains."""
+    rule = alexnet.Momentum(0.1, (), momentum, 0.0, clip_norm)
+    network = alexnet.AlexNet(THIN, num_classes=10, rule=rule)
+    network.restore(network.initial_state("he", np.random.default_rng(0)))
     return network
 
 
@@ -76,8 +81,8 @@ def test_forward_pass_is_the_papers_network():
     for gradient, reference in zip(gradients, expected, strict=True):
         error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
         assert error < 1e-4
-    right = np.mean(np.argmax(logits, 1) == np.argmax(y_true, 1))
-    assert network.compute_accuracy(images, y_true) == pytest.approx(right)
+    order = np.argsort(-logits.numpy(), axis=1) == np.argmax(y_true, 1)[:, None]
+    assert list(network.count_hits(images, y_true)) == [order[:, :k].sum() for k in (1, 5)]
 
 
 def test_mean_gradient_of_parts_is_the_gradient_of_the_union():
@@ -97,30 +102,57 @@ def test_dropout_depends_on_the_fed_seed_alone():
 
 
 def test_dropout_keeps_the_mean():
-    network = thin_network()
-    with tf.Graph().as_default():
-        seed = tf.compat.v1.placeholder(tf.int64, [2])
-        network.dropout_seed, network.keep = seed, tf.constant(0.5)
-        dropped = network._dropout(tf.ones([100, 100]), 0)
-        with tf.compat.v1.Session() as sess:
-            values = sess.run(dropped, {seed: [5, 6]})
+    with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
+        dropped = alexnet.seeded_dropout(tf.ones([100, 100]), tf.constant(0.5), tf.constant([5, 6]))
+        values = sess.run(dropped)
     assert set(np.unique(values)) == {0.0, 2.0}
     assert values.mean() == pytest.approx(1, abs=0.05)
+
+
+# ---- the update rule
+
+
+def test_rate_is_a_tenth_from_each_drop_on():
+    rule = alexnet.Momentum(0.5, (10, 20), 0.9, 0.0, LONG)
+    assert [rule.rate(iteration) for iteration in (0, 9, 10, 19, 20, 999)] == pytest.approx(
+        [0.5, 0.5, 0.05, 0.05, 0.005, 0.005]
+    )
+
+
+def test_kernels_decay_and_biases_do_not():
+    rule = alexnet.Momentum(0.5, (), 0.9, 5e-4, LONG)
+    assert rule.decays(alexnet.weight_shapes(THIN, 10)) == [5e-4, 0] * 8
+
+
+def test_only_a_longer_gradient_is_shortened():
+    rule = alexnet.Momentum(0.5, (), 0.9, 0.0, 10.0)
+    assert [rule.clipped(0.5, norm) for norm in (0.0, 9.0, 10.0, 40.0)] == [0.5, 0.5, 0.5, 0.125]
 
 
 def test_apply_is_sgd_with_momentum():
     network = thin_network(momentum=0.9)
     w0 = network.weights()
     gradients = [np.ones_like(w) for w in w0]
-    network.apply(gradients, 0.1)
+    network.apply(gradients, 1.0, 0.1)
     w1 = network.weights()
-    network.apply(gradients, 0.1)
+    network.apply(gradients, 1.0, 0.1)
     for a, b, c in zip(w0, w1, network.weights(), strict=True):
         np.testing.assert_allclose(b, a - 0.1, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(c, b - 0.1 * 1.9, rtol=1e-5, atol=1e-7)
-    network.apply(gradients, 0.01)  # what momentum keeps are steps at the rate of their time
+    network.apply(gradients, 1.0, 0.01)  # what momentum keeps are steps at the rate of their time
     for a, b in zip(w0, network.weights(), strict=True):
         np.testing.assert_allclose(b, a - 0.1 - 0.19 - (0.9 * 0.19 + 0.01), rtol=1e-5, atol=1e-6)
+
+
+def test_apply_makes_the_step_of_the_shortened_gradient():
+    network = thin_network(clip_norm=10.0)
+    before = network.weights()
+    network.apply([np.ones_like(w) for w in before], 40.0, 0.1)
+    for a, b in zip(before, network.weights(), strict=True):
+        np.testing.assert_allclose(b, a - 0.1 / 4, rtol=1e-5, atol=1e-7)
+
+
+# ---- weights
 
 
 def test_bfloat16_weights_travel_as_their_bits():
@@ -153,12 +185,12 @@ def test_bfloat16_is_near_float32_and_not_the_same():
 
 
 def test_loss_falls_on_a_small_set():
-    network = thin_network()
+    network = thin_network(momentum=0.9)
     images, y_true = random_input(20)
     losses = []
     for step in range(60):
         gradients, loss = network.compute_grad(images, y_true, 1.0, [0, step])
-        network.apply(gradients, 0.01)
+        network.apply(gradients, 1.0, 0.01)
         losses.append(loss)
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
@@ -183,13 +215,13 @@ def test_weights_are_views_and_stay_as_they_were():
     """No copy of 250 MB, unless someone still looks at a variable when it changes."""
     network = thin_network()
     gradients = [np.ones_like(w) for w in network.weights()]
-    network.apply(gradients, 0.1)  # moves those that still lie in the arrays that they started from
+    network.apply(gradients, 1.0, 0.1)  # moves those that still lie where they were restored from
     before = [w.ctypes.data for w in network.weights()]
-    network.apply(gradients, 0.1)
+    network.apply(gradients, 1.0, 0.1)
     assert [w.ctypes.data for w in network.weights()] == before  # TensorFlow has written in place
     held = network.weights()
     values = [w.copy() for w in held]
-    network.apply(gradients, 0.1)
+    network.apply(gradients, 1.0, 0.1)
     for view, value, new in zip(held, values, network.weights(), strict=True):
         assert not view.flags.writeable
         assert (view == value).all() and (new != value).all()
@@ -205,12 +237,13 @@ def test_initial_weights():
     assert alexnet.initial_weights(THIN, 10, 0.1, rng)[0].std() == pytest.approx(0.1, rel=0.1)
 
 
-RUN, SAME = {"SEED": "0", "LEARNING_RATE": "0.1"}, ["SEED"]
+# ---- checkpoints
+
+RUN, FIXED = {"SEED": "0", "LEARNING_RATE": "0.1"}, ["SEED"]
 
 
 def save(checkpoints, iteration, network):
-    facts = {"iteration": iteration, "run": RUN}
-    checkpoints.save(iteration, network.state(), facts)
+    checkpoints.save(iteration, network, {"mini_batches": 2, "precision": "float32", "run": RUN})
     checkpoints.wait()
 
 
@@ -222,8 +255,8 @@ def place(request, tmp_path):
 
 
 def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
-    network, checkpoints = thin_network(), alexnet.Checkpoints(str(tmp_path))
-    for iteration in range(1, 6):
+    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path))
+    for iteration in range(6):  # of which 0 needs none
         save(checkpoints, iteration, network)
     assert tf.train.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
     assert len(list(tmp_path.glob("*.index"))) == len(list(tmp_path.glob("*.data*"))) == 3
@@ -233,23 +266,30 @@ def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
 
 
 def test_resume_restores_weights_and_momentum(place):
-    network = thin_network()
-    assert alexnet.Checkpoints(place).resume(RUN, SAME) == (None, None)
+    network = thin_network(momentum=0.9)
+    assert results.Checkpoints(place).newest(print) == results.Start(place)
     gradients = [np.ones_like(w) for w in network.weights()]
-    network.apply(gradients, 0.1)
-    save(alexnet.Checkpoints(place), 1, network)
-    network.apply(gradients, 0.1)
-    state, facts = alexnet.Checkpoints(place).resume(RUN, SAME)
-    assert facts["iteration"] == 1
-    other = thin_network()
-    other.restore(state)
-    other.apply(gradients, 0.1)
+    network.apply(gradients, 1.0, 0.1)
+    save(results.Checkpoints(place), 1, network)
+    network.apply(gradients, 1.0, 0.1)
+    start = results.Checkpoints(place).newest(print)
+    assert start._replace(state=None) == results.Start(place, None, 1, 2, "float32", RUN)
+    other = thin_network(momentum=0.9)
+    other.restore(start.state)
+    other.apply(gradients, 1.0, 0.1)
     for a, b in zip(other.weights(), network.weights(), strict=True):
         assert (a == b).all()
 
 
+def test_without_a_place_nothing_is_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(results.Checkpoints(None), 1, thin_network())
+    assert results.Checkpoints(None).newest(print) == results.Start(None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_path):
-    network, checkpoints = thin_network(), alexnet.Checkpoints(str(tmp_path))
+    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path))
     for iteration in (1, 2, 3):
         save(checkpoints, iteration, network)
     data = tmp_path / "ckpt-3.data-00000-of-00001"
@@ -258,30 +298,32 @@ def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_pat
     index.write_bytes(index.read_bytes()[:50])
     (tmp_path / "checkpoint").write_text("nonsense")
     said = []
-    _, facts = alexnet.Checkpoints(str(tmp_path)).resume(RUN, SAME, said.append)
-    assert facts["iteration"] == 1
+    assert results.Checkpoints(str(tmp_path)).newest(said.append).iteration == 1
     assert ["ckpt-3" in said[0], "ckpt-2" in said[1]] == [True, True]
     data = tmp_path / "ckpt-1.data-00000-of-00001"
     data.write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint is intact"):
-        alexnet.Checkpoints(str(tmp_path)).resume(RUN, SAME, said.append)
+        results.Checkpoints(str(tmp_path)).newest(said.append)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path):
-    network, checkpoints = thin_network(), alexnet.Checkpoints(str(tmp_path))
-    save(checkpoints, 1, network)
-    with pytest.raises(InputError, match="SEED"):
-        checkpoints.resume(RUN | {"SEED": "1"}, SAME)
-    said = []
-    checkpoints.resume(RUN | {"LEARNING_RATE": "0.2"}, SAME, said.append)
+    save(results.Checkpoints(str(tmp_path)), 1, thin_network())
+    start, said = results.Checkpoints(str(tmp_path)).newest(print), []
+    with pytest.raises(InputError, match=r"different are SEED \(was 0\)"):
+        start.must_match(RUN | {"SEED": "1"}, FIXED, said.append)
+    start.must_match({"SEED": "0"}, FIXED, said.append)
+    assert said == []
+    start.must_match(RUN | {"LEARNING_RATE": "0.2"}, FIXED, said.append)
     assert said == ["LEARNING_RATE is 0.2 from here on, was 0.1"]
+    results.Start(None).must_match(RUN | {"SEED": "1"}, FIXED, said.append)  # there is none to match
+    assert len(said) == 1
 
 
 def test_a_save_that_fails_is_one_clear_line(tmp_path):
-    checkpoints = alexnet.Checkpoints(str(tmp_path / "there"))
+    checkpoints = results.Checkpoints(str(tmp_path / "there"))
     (tmp_path / "there").rmdir()
     (tmp_path / "there").write_text("a file in its place")
     with pytest.raises(InputError, match="--checkpoint-dir"):
         save(checkpoints, 1, thin_network())
     with pytest.raises(InputError, match="--checkpoint-dir"):
-        alexnet.Checkpoints(str(tmp_path / "there" / "below"))
+        results.Checkpoints(str(tmp_path / "there" / "below"))

@@ -10,33 +10,25 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import uuid
 import zlib
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import boto3
 import numpy as np
 import psutil
 import pytest
-import ray
 from botocore.config import Config
-from conftest import THIN
 from PIL import Image
 
-import alexnet
-import demo
+import decoding
 import driver
-import functions
 import imagenet
+import results
+from tests.support import ROOT, draw_image, encode, jpeg, make_tar, photo, thin_driver, title, train
 
-ROOT = Path(driver.__file__).parent
 SIZE = [256, 256]
-
-
-def photo(seed=0):
-    return demo.jpeg(demo.draw_image(seed, np.random.default_rng(seed)))
 
 
 def one_error(capsys, *arguments):
@@ -52,7 +44,7 @@ def one_error(capsys, *arguments):
 
 def test_a_process_says_one_line_and_ends_with_2(cluster):
     command = [sys.executable, ROOT / "driver.py", "--s3-bucket", "no-such-bucket"]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = os.environ | {"RAY_ADDRESS": cluster}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr == (
@@ -127,20 +119,20 @@ def test_endpoint_that_refuses_connections(cluster, capsys, monkeypatch):
     assert line.startswith(f'error: s3://b: Could not connect to the endpoint URL: "{endpoint}/')
 
 
-def test_endpoint_that_never_answers(cluster, capsys, monkeypatch):
-    """With the limits that driver.py uses, it is given up within a minute, start-up included."""
-    patience = imagenet._IMPATIENT
+def test_endpoint_that_never_answers(monkeypatch):
+    """With the limits of the driver's own requests, it is given up within a minute."""
+    patience = imagenet.IMPATIENT
     attempts = patience.retries["total_max_attempts"]
     assert attempts * max(patience.connect_timeout, patience.read_timeout) <= 30
-    quick = partial(imagenet.s3_resource, patience.merge(Config(read_timeout=0.2)))
-    monkeypatch.setattr(imagenet, "s3_resource", quick)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        line = one_error(capsys, "--s3-bucket", "b")
-    assert line.startswith(f'error: s3://b: Read timeout on endpoint URL: "{endpoint}/')
+        hasty = patience.merge(Config(read_timeout=0.2))
+        with pytest.raises(imagenet.InputError) as caught:
+            imagenet.download("b", "k", config=hasty)
+    assert str(caught.value).startswith(f's3://b/k: Read timeout on endpoint URL: "{endpoint}/')
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "http://no such host"])
@@ -189,7 +181,7 @@ LABEL_FILES = {
 
 @pytest.mark.parametrize("data, why", LABEL_FILES.values(), ids=LABEL_FILES)
 def test_label_file(thin, cluster, s3, bucket, capsys, data, why):
-    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({"a.JPEG": photo()}))
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({"a.JPEG": photo()}))
     if data is not None:
         s3.put_object(Bucket=bucket, Key="labels/x.txt", Body=data)
     options = ["--s3-bucket", bucket, "--key-prefix", "", "--label-file", "labels/x.txt"]
@@ -201,7 +193,7 @@ def test_label_file(thin, cluster, s3, bucket, capsys, data, why):
 
 def huge_png():
     """A PNG of a few bytes whose header declares 50000x50000 pixels."""
-    data = bytearray(encode_png(Image.new("L", (1, 1))))
+    data = bytearray(encode(Image.new("L", (1, 1)), "PNG"))
     data[16:24] = (50_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
@@ -213,12 +205,6 @@ def huge_jpeg():
     start = data.index(b"\xff\xc0")
     data[start + 5 : start + 9] = (65_000).to_bytes(2, "big") * 2
     return bytes(data)
-
-
-def encode_png(image):
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
 
 
 def with_a_hole(data):
@@ -234,23 +220,8 @@ def special(kind):
     return member
 
 
-def make_tar(members):
-    """A tar of (name, bytes or a special member)."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name, content in members:
-            if isinstance(content, bytes):
-                member, file = tarfile.TarInfo(), io.BytesIO(content)
-                member.size = len(content)
-            else:
-                member, file = content, None
-            member.name = name
-            tar.addfile(member, file)
-    return data.getvalue()
-
-
 NOISE = Image.effect_noise((300, 300), 50)
-CMYK = demo.jpeg(demo.draw_image(0, np.random.default_rng(0)).convert("CMYK"))
+CMYK = jpeg(draw_image(0, np.random.default_rng(0)).convert("CMYK"))
 LEFT_OUT = {
     "text": (b"this is no image", "no image"),
     "no bytes": (b"", "no image"),
@@ -258,11 +229,11 @@ LEFT_OUT = {
     "a cut JPEG": (photo()[: len(photo()) // 2], "cut or corrupt JPEG"),
     "a JPEG cut by 10 bytes": (photo()[:-10], "cut or corrupt JPEG"),
     "a JPEG cut in its header": (photo()[:300], "no readable image"),
-    "a small cut grey JPEG": (demo.jpeg(NOISE.resize((99, 99)))[:-99], "cut or corrupt JPEG"),
+    "a small cut grey JPEG": (jpeg(NOISE.resize((99, 99)))[:-99], "cut or corrupt JPEG"),
     "a cut CMYK JPEG": (CMYK[:-999], "no readable image"),
-    "a cut PNG": (encode_png(NOISE)[:-5000], "no readable image"),
+    "a cut PNG": (encode(NOISE, "PNG")[:-5000], "no readable image"),
     "a JPEG with a hole": (with_a_hole(photo()), "cut or corrupt JPEG"),
-    "a PNG with a hole": (with_a_hole(encode_png(NOISE)), "no readable image"),
+    "a PNG with a hole": (with_a_hole(encode(NOISE, "PNG")), "no readable image"),
     "a huge PNG": (huge_png(), "pixels"),
     "a huge JPEG": (huge_jpeg(), "pixels"),
     "a symbolic link": (special(tarfile.SYMTYPE), "no regular file"),
@@ -275,21 +246,21 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("content, why", LEFT_OUT.values(), ids=LEFT_OUT)
 def test_member_is_left_out_and_all_others_are_kept(content, why):
-    members = [("good1.JPEG", photo(1)), ("bad.JPEG", content), ("good2.JPEG", photo(2))]
-    images, names, left_out = imagenet.decode_tar(io.BytesIO(make_tar(members)), SIZE)
+    members = {"good1.JPEG": photo(1), "bad.JPEG": content, "good2.JPEG": photo(2)}
+    images, names, left_out = decoding.decode_tar(io.BytesIO(make_tar(members)), SIZE)
     assert names == ["good1.JPEG", "good2.JPEG"]
-    assert np.array_equal(images, [imagenet.decode_image(photo(seed), SIZE) for seed in (1, 2)])
+    assert np.array_equal(images, [decoding.decode_image(photo(seed), SIZE) for seed in (1, 2)])
     [(name, reason)] = left_out
     assert name == "bad.JPEG" and why in reason and reason.isprintable() and "0x" not in reason
 
 
 def test_folders_are_no_damage():
-    members = [("n1", special(tarfile.DIRTYPE)), ("n1/a.JPEG", photo())]
-    _, names, left_out = imagenet.decode_tar(io.BytesIO(make_tar(members)), SIZE)
+    members = {"n1": special(tarfile.DIRTYPE), "n1/a.JPEG": photo()}
+    _, names, left_out = decoding.decode_tar(io.BytesIO(make_tar(members)), SIZE)
     assert names == ["a.JPEG"] and left_out == []
 
 
-GOOD = make_tar([(f"{i}.JPEG", photo(i)) for i in range(3)])
+GOOD = make_tar({f"{i}.JPEG": photo(i) for i in range(3)})
 THIRD = GOOD.index(b"2.JPEG\0")
 TARS = {
     "cut in its last image": (GOOD[: THIRD + 2000], "01", "2.JPEG: cut off by the end of the tar"),
@@ -297,7 +268,7 @@ TARS = {
     "cut between images": (GOOD[:THIRD], "01", "the tar itself: cut: its end mark is missing"),
     "cut in its first header": (GOOD[:100], "", "the tar itself: empty, or no tar"),
     "no bytes": (b"", "", "the tar itself: empty, or no tar"),
-    "without members": (make_tar([]), "", "the tar itself: empty, or no tar"),
+    "without members": (make_tar({}), "", "the tar itself: empty, or no tar"),
     "text": (b"this is no tar\n" * 1000, "", "the tar itself: empty, or no tar"),
     "an image": (photo(), "", "the tar itself: empty, or no tar"),
     "noise": (np.random.default_rng(0).bytes(20_000), "", "the tar itself: empty, or no tar"),
@@ -312,54 +283,68 @@ TARS = {
 
 @pytest.mark.parametrize("tar, kept, why", TARS.values(), ids=TARS)
 def test_what_is_readable_of_a_tar_is_kept(tar, kept, why):
-    images, names, left_out = imagenet.decode_tar(io.BytesIO(tar), SIZE)
+    images, names, left_out = decoding.decode_tar(io.BytesIO(tar), SIZE)
     assert names == [f"{seed}.JPEG" for seed in kept]
     for seed, image in zip(kept, images, strict=True):
-        assert np.array_equal(image, imagenet.decode_image(photo(int(seed)), SIZE))
+        assert np.array_equal(image, decoding.decode_image(photo(int(seed)), SIZE))
     assert f"{left_out[0][0]}: {left_out[0][1]}" == why
 
 
 def test_training_goes_on_with_what_is_usable(thin, cluster, s3, bucket, capsys):
-    bad = [(f"{what}.JPEG", content) for what, (content, _) in LEFT_OUT.items()]
-    images, specials = bad[:-5], bad[-5:]
+    """The held-out set, too: it goes the same road."""
+    bad = {f"{what}.JPEG": content for what, (content, _) in LEFT_OUT.items()}
+    images, specials = dict(list(bad.items())[:-5]), dict(list(bad.items())[-5:])
     tars = {
-        "cut.tar": GOOD[: THIRD + 2000],
-        "empty.tar": b"",
-        "good.tar": make_tar([("c.JPEG", photo(3)), ("no\nlabel.JPEG", photo(4))]),
-        "images.tar": make_tar([("a.JPEG", photo(1)), *images, ("b.JPEG", photo(2))]),
-        "specials.tar": make_tar([*specials, ("d.JPEG", photo(5))]),
-        "text.tar": b"no tar",
-        "unlabelled.tar": make_tar([("e.JPEG", photo(6))]),
+        "t/cut.tar": GOOD[: THIRD + 2000],
+        "t/empty.tar": b"",
+        "t/good.tar": make_tar({"c.JPEG": photo(3), "no\nlabel.JPEG": photo(4)}),
+        "t/images.tar": make_tar({"a.JPEG": photo(1)} | images | {"b.JPEG": photo(2)}),
+        "t/specials.tar": make_tar(specials | {"d.JPEG": photo(5)}),
+        "t/text.tar": b"no tar",
+        "t/unlabelled.tar": make_tar({"e.JPEG": photo(6)}),
+        "v/0.tar": make_tar({"f.JPEG": photo(7), "text.JPEG": b"no image", "g.JPEG": photo(8)}),
+        "v/1.tar": make_tar({"h.JPEG": photo(9), "i.JPEG": photo(6)})[:-512],
+        "v/2.tar": b"no tar",
     }
     for key, body in tars.items():
         s3.put_object(Bucket=bucket, Key=key, Body=body)
+    s3.put_object(Bucket=bucket, Key="t/notes", Body=b"")
     labels = "\n".join(f"x/{name}.JPEG {label}" for label, name in enumerate("abcd01"))
     s3.put_object(Bucket=bucket, Key="train.txt", Body=labels.encode())
-    assert driver.main(["--s3-bucket", bucket, "--key-prefix", "", "--iterations", "2"]) == 0
+    s3.put_object(Bucket=bucket, Key="val.txt", Body=b"f.JPEG 7\nh.JPEG 9\ni.JPEG 3\n")
+    flags = ["--key-prefix", "t/", "--val-prefix", "v/", "--iterations", 2]
+    assert train(bucket, *flags) == 0
     out, err = capsys.readouterr()
     assert err == ""
     where = f"s3://{bucket}"
-    assert f"{where}/*: 7 tars, 1 other keys left out" in out
-    assert f"{where}/cut.tar: 2 left out: 2.JPEG: cut off by the end of the tar; the tar itself" in out
-    assert f"{where}/images.tar: {len(images)} left out: text.JPEG: no image; no bytes.JPEG: no" in out
-    assert f"{where}/specials.tar: 5 left out: a symbolic link.JPEG: no regular file; " in out
+    assert f"{where}/t/*: 7 tars, 1 other keys left out" in out
+    assert (
+        f"{where}/t/cut.tar: 2 left out: 2.JPEG: cut off by the end of the tar; the tar itself" in out
+    )
+    assert f"{where}/t/images.tar: {len(images)} left out: text.JPEG: no image; no bytes.JPEG:" in out
+    assert f"{where}/t/specials.tar: 5 left out: a symbolic link.JPEG: no regular file; " in out
     assert "; a pipe.JPEG: no regular file\n" in out
-    assert f"{where}/empty.tar: 1 left out: the tar itself: empty, or no tar" in out
-    assert f"{where}/text.tar: 1 left out: the tar itself: " in out
+    assert f"{where}/t/empty.tar: 1 left out: the tar itself: empty, or no tar" in out
+    assert f"{where}/t/text.tar: 1 left out: the tar itself: " in out
     assert "2 images have no label and are left out: 'no\\nlabel.JPEG', 'e.JPEG'" in out
     assert "6 images in 4 batches" in out
+    assert f"{where}/v/0.tar: 1 left out: text.JPEG: no image\n" in out
+    assert f"{where}/v/2.tar: 1 left out: the tar itself: empty, or no tar\n" in out
+    assert "1 images have no label and are left out: 'g.JPEG'\n" in out
+    assert "3 images in 2 batches" in out
     assert len(re.findall(r"^Iteration \d: loss", out, re.M)) == 2
+    [share] = re.findall(r"^Iteration 2: validation top-1 = ([\d.]+)%", out, re.M)
+    assert share in ("0.0", "33.3", "66.7", "100.0")  # of three images
 
 
 @pytest.mark.parametrize("name", ["unlabelled", "unreadable"])
 def test_nothing_usable_left(thin, cluster, s3, bucket, capsys, name):
     content = {"unlabelled": photo(), "unreadable": b"no image"}[name]
-    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({f"{name}.JPEG": content}))
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({f"{name}.JPEG": content}))
     s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n1/other.JPEG 1\nn1/unreadable.JPEG 2")
     line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a")
-    assert line == (
-        f"error: s3://{bucket}: no image is readable and has a label: check --key-prefix, --label-file"
-    )
+    reason = f"s3://{bucket}/a*: no image is readable and has a label in train.txt"
+    assert line.startswith(f"error: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -368,11 +353,11 @@ def test_nothing_usable_left(thin, cluster, s3, bucket, capsys, name):
         (["--val-prefix", "none/"], ": no key with the prefix 'none/' ends in .tar"),
         (["--val-prefix", "", "--val-label-file", "none.txt"], "/none.txt: there is no such key"),
         (["--val-prefix", "a"], "/val.txt, line 1: label '99' is no integer in 0..9"),
-        (["--val-prefix", "a", "--val-label-file", "other.txt"], ": no image is readable and has a"),
+        (["--val-prefix", "a", "--val-label-file", "other.txt"], "/a*: no image is readable and has a"),
     ],
 )
 def test_held_out_set_that_is_unusable(thin, cluster, s3, bucket, capsys, flags, message):
-    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({"a.JPEG": photo()}))
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({"a.JPEG": photo()}))
     for key, line in {"train.txt": "a.JPEG 1", "val.txt": "a.JPEG 99", "other.txt": "b.JPEG 1"}.items():
         s3.put_object(Bucket=bucket, Key=key, Body=line.encode())
     line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a", "--iterations", 1, *flags)
@@ -407,19 +392,9 @@ def test_places_for_results_that_are_unusable(cluster, s3, bucket, capsys, tmp_p
 @pytest.fixture
 def small(s3, bucket):
     """Arguments of a run on a bucket of a single image."""
-    s3.put_object(Bucket=bucket, Key="a.tar", Body=demo.make_tar({"a.JPEG": photo()}))
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({"a.JPEG": photo()}))
     s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n1/a.JPEG 1")
     return ["--s3-bucket", bucket, "--key-prefix", ""]
-
-
-LACK = "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room for 0"
-
-
-def test_more_workers_than_this_machine_holds(thin, cluster, small, capsys, monkeypatch):
-    monkeypatch.setattr(thin, "NUM_WORKERS", 2)
-    monkeypatch.setattr(thin, "CPUS_PER_WORKER", 3)
-    monkeypatch.setattr(functions, "connect", lambda: False)  # as if driver.py had started this Ray
-    assert one_error(capsys, *small) == f"error: {LACK}: lower NUM_WORKERS or add nodes"
 
 
 def test_more_workers_than_a_growing_cluster_gets_room_for(thin, cluster, small, capsys, monkeypatch):
@@ -427,56 +402,39 @@ def test_more_workers_than_a_growing_cluster_gets_room_for(thin, cluster, small,
     monkeypatch.setattr(thin, "CPUS_PER_WORKER", 3)
     monkeypatch.setattr(thin, "WORKER_WAIT", 2)
     assert driver.main(small) == 2
+    lack = "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room for 0"
     out, err = capsys.readouterr()
-    assert f"{LACK}: waiting up to 2 s for more nodes" in out.splitlines()
-    assert err == f"error: {LACK}: lower NUM_WORKERS or add nodes\n"
+    assert f"{lack}: waiting up to 2 s for more nodes" in out.splitlines()
+    assert err == f"error: {lack}: lower NUM_WORKERS or add nodes\n"
+
+
+class SignalWhileLoading(results.Report):
+    """Sends this process a signal as soon as a tar is loaded."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def say(self, line):
+        super().say(line)
+        if line.startswith("Loading: "):
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_while_loading_stops_at_once(thin, cluster, small, capsys, monkeypatch, number, status):
-    monkeypatch.setattr(functions, "report_loading", lambda *_: os.kill(os.getpid(), number))
-    assert driver.main([*small, "--iterations", "3"]) == status
+def test_signal_while_loading_stops_at_once(thin, cluster, small, capsys, number, status):
+    assert driver.main([*small, "--iterations", "3"], report=SignalWhileLoading(number)) == status
     out, err = capsys.readouterr()
-    assert "Shuffle" not in out and err == ""
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_while_ray_starts_waits_for_it(
-    thin, cluster, small, capsys, monkeypatch, number, status
-):
-    """An interrupted ray.init can crash."""
-    monkeypatch.setattr(
-        functions, "connect", lambda: os.kill(os.getpid(), number) or print("connected")
-    )
-    assert driver.main(small) == status
-    assert capsys.readouterr() == ("Stopping after this step\nconnected\n", "")
+    assert "Loading" in out and "Shuffle" not in out and err == ""
 
 
 def test_second_signal_does_not_wait():
-    stop = driver.Stop()
+    said = []
+    stop = driver.Stop(said.append)
     stop(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGTERM, None)
-    assert stop.signum == signal.SIGTERM
-
-
-def test_sigterm_stops_after_the_current_step_and_exports(
-    thin, cluster, small, tmp_path, capsys, monkeypatch
-):
-    apply, steps = alexnet.AlexNet.apply, []
-
-    def signalled(*arguments):
-        steps.append(len(steps))
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        apply(*arguments)
-
-    monkeypatch.setattr(alexnet.AlexNet, "apply", signalled)
-    assert driver.main([*small, "--iterations", "9", "--export-dir", str(tmp_path / "net")]) == 143
-    out, err = capsys.readouterr()
-    assert re.findall(r"^Iteration (\d): loss", out, re.M) == ["0", "1", "2"] and err == ""
-    assert (tmp_path / "net" / "saved_model.pb").exists()
-    assert out.endswith(f"Stopped at iteration 3: network in {tmp_path}/net\n")
+    assert stop.signum == signal.SIGTERM and said == ["Stopping after this step"]
 
 
 def test_ctrl_c_while_modules_are_imported():
@@ -489,32 +447,39 @@ def test_ctrl_c_while_modules_are_imported():
     assert process.returncode == 130
 
 
-def test_ctrl_c_in_a_terminal_leaves_nothing_running(small, tmp_path):
-    """A terminal signals the whole process group; driver.py here has a Ray of its own."""
-    mark = uuid.uuid4().hex
-    command = [sys.executable, "-u", ROOT / "tests" / "thin_driver.py", "NUM_WORKERS=1", *small]
-    with (tmp_path / "stderr").open("w+") as stderr:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"RAY_ADDRESS": "local", "STARTED_BY": mark},
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            before = list(iter(lambda: process.stdout.readline()[:18], "Iteration 1: loss "))
-            os.killpg(process.pid, signal.SIGINT)
-            after = process.stdout.read()
-            assert process.wait(timeout=60) == 130
-        finally:
-            process.kill()
-        stderr.seek(0)
-        assert stderr.read() == ""
-    assert "Iteration 0: loss " in before
-    assert "Stopping after this step\n" in after and after.count(": loss = ") <= 2
-    _, alive = psutil.wait_procs([p for p in psutil.process_iter() if mark in environ(p)], timeout=20)
+@contextlib.contextmanager
+def own_ray(*arguments):
+    """A Run of driver.py with a Ray of its own, of which nothing may be left at the end."""
+    mark = {"STARTED_BY": uuid.uuid4().hex}
+    with thin_driver("NUM_WORKERS=1", *arguments, environment=mark, start_new_session=True) as run:
+        yield run
+    ours = [p for p in psutil.process_iter() if mark["STARTED_BY"] in environ(p)]
+    _, alive = psutil.wait_procs(ours, timeout=20)
     assert alive == []
+
+
+def test_signal_while_ray_starts_waits_for_it(small):
+    """An interrupted ray.init can crash. (It takes SIGTERM for itself meanwhile.)"""
+    with own_ray(*small) as run:
+        deadline = time.monotonic() + 60
+        while not any("gcs_server" in title(p) for p in psutil.Process(run.pid).children(True)):
+            assert time.monotonic() < deadline and run.process.poll() is None, run.output()
+            time.sleep(0.01)
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130, run.output()
+    assert run.output() == "Stopping after this step\n[end]"
+
+
+def test_ctrl_c_in_a_terminal_leaves_nothing_running(small):
+    """A terminal signals the whole process group; driver.py here has a Ray of its own."""
+    with own_ray(*small) as run:
+        run.wait_for("Iteration 1: loss ")
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130, run.output()
+    before, after = run.output().split("Stopping after this step\n")
+    assert "Iteration 0: loss " in before
+    assert after.count(": loss = ") <= 2 and "Traceback" not in after
+    assert re.search(r"^Stopped at iteration \d+: ", after, re.M)
 
 
 def environ(process):
@@ -523,13 +488,3 @@ def environ(process):
         return process.environ().values()
     except (psutil.AccessDenied, psutil.NoSuchProcess):
         return []
-
-
-def test_workers_do_not_outlive_a_run(cluster):
-    """Also those that still start; this test holds a handle, so that Ray alone would keep the actor."""
-    share, network = {"cpus": 1, "gpus": 0}, {"layers": THIN, "num_classes": 10}
-    workers = functions.Workers(1, share, network, functions.Helpers(), 100)
-    [(_, worker)] = workers._starting.values()
-    del workers
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(worker.node.remote(), timeout=60)

@@ -1,23 +1,18 @@
 """On a Ray cluster of more than this process: jobs, tokens, and the file for `ray up`."""
 
-import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-import demo
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT, free_port, wait_for_port
 
 
 def test_cluster_yaml_is_of_rays_schema_and_of_the_same_ray():
@@ -33,7 +28,7 @@ def test_cluster_yaml_is_of_rays_schema_and_of_the_same_ray():
 def head(s3, tmp_path):
     """The job address of two nodes that `ray start` has started with a token, and what reaches them."""
     ray, folder = Path(sys.executable).with_name("ray"), tempfile.mkdtemp()  # sockets want a short path
-    port, dashboard = demo.free_port(), demo.free_port()
+    port, dashboard = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-this-test-alone-0123456789"}
     environment["PATH"] = f"{ray.parent}:{environment['PATH']}"  # jobs run `python`
@@ -41,27 +36,18 @@ def head(s3, tmp_path):
     first = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
     started = []
     for name, options in ("first", first), ("second", [f"--address=127.0.0.1:{port}"]):
-        agent = demo.free_port()  # two nodes on one machine share neither this port nor a folder
+        agent = free_port()  # two nodes on one machine share neither this port nor a folder
         options += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}/{name}"]
         with (tmp_path / name).open("w") as log:
             command = [ray, "start", *options, *size]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        wait_for(agent)
-    wait_for(dashboard)
+        wait_for_port(agent)
+    wait_for_port(dashboard)
     yield f"http://127.0.0.1:{dashboard}", environment
     for process in reversed(started):
         process.terminate()
         process.wait(60)
     shutil.rmtree(folder)
-
-
-def wait_for(port):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"nothing listens on port {port}")
 
 
 def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
@@ -73,13 +59,13 @@ def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
         shutil.copy(module, work)
     job = ["ray", "job", "submit", "--address", address, "--working-dir", work, "--"]
     driver = ["python", "tests/thin_driver.py", "NUM_WORKERS=2", "--s3-bucket", photos]
-    driver += ["--iterations", "3", "--export-dir", f"s3://{bucket}/network"]
+    driver += ["--iterations", "1", "--export-dir", f"s3://{bucket}/network"]
     ended = subprocess.run(
         [*job, *driver], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 workers; an iteration is 2 mini-batches" in ended.stdout
-    assert f"Stopped at iteration 3: network in s3://{bucket}/network" in ended.stdout
+    assert f"Stopped at iteration 1: network in s3://{bucket}/network" in ended.stdout
     keys = [obj["Key"] for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]]
     assert "network/saved_model.pb" in keys
 

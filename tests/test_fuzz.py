@@ -6,20 +6,19 @@ import signal
 import time
 from pathlib import Path
 
-import fuzz
 import numpy as np
 import pytest
 
-import demo
-import imagenet
+import decoding
+from tests import fuzz
+from tests.support import draw_image, encode, make_tar, photo
 
 
 def test_a_share_of_the_inputs():
     assert fuzz.run(inputs=1_000, seed=0) == []
 
 
-PHOTO = demo.jpeg(demo.draw_image(0, np.random.default_rng(0)))
-IMAGE = fuzz.member(b"n0.JPEG", PHOTO)
+IMAGE = fuzz.member(b"n0.JPEG", photo())
 SPARSE = {"at386": fuzz.number_field(0) * 2, "at482": b"\1", "at483": fuzz.number_field(0)}
 MENDED = {
     "negative size": fuzz.header(b"x", -512) + IMAGE,
@@ -36,20 +35,20 @@ MENDED = {
 @pytest.mark.parametrize("tar", MENDED.values(), ids=MENDED)
 def test_tar_that_once_was_a_finding(tar):
     """Each made decode_tar raise, hang, or lose the image."""
-    _, names, left_out = imagenet.decode_tar(io.BytesIO(tar), fuzz.SIZE)
+    _, names, left_out = decoding.decode_tar(io.BytesIO(tar), fuzz.SIZE)
     assert len(names) == 1 and left_out
 
 
 def test_jpeg_of_too_many_scans():
-    image = fuzz.encode(demo.draw_image(0, np.random.default_rng(0)), "JPEG", progressive=True)
+    image = encode(draw_image(0, np.random.default_rng(0)), "JPEG", progressive=True)
     assert fuzz.check_image(image) == []
     last_scan = image[image.rindex(b"\xff\xda") : -2]
-    with pytest.raises(imagenet.ImageError, match="too many scans"):
-        imagenet.decode_image(image[:-2] + last_scan * imagenet.MAX_SCANS + image[-2:], fuzz.SIZE)
+    with pytest.raises(decoding.ImageError, match="too many scans"):
+        decoding.decode_image(image[:-2] + last_scan * decoding.MAX_SCANS + image[-2:], fuzz.SIZE)
 
 
 PLANTED = [  # what an input does, and the finding that it must lead to
-    (lambda: imagenet.no_such_name, "AttributeError: "),
+    (lambda: decoding.no_such_name, "AttributeError: "),
     (lambda: os.kill(os.getpid(), signal.SIGSEGV), "the process died of SIGSEGV"),
     (lambda: [None for _ in iter(int, 1)], "the process died of SIGXCPU"),
     (lambda: np.empty(2 * fuzz.MEMORY, np.uint8), "MemoryError: "),
@@ -66,49 +65,42 @@ def planted(seed, number):
     return []
 
 
-def test_every_misbehaviour_is_a_finding(monkeypatch):
-    monkeypatch.setattr(fuzz, "CPU_SECONDS", 1)
-    monkeypatch.setattr(fuzz, "PATIENCE", 15)
-    findings = fuzz.run(len(PLANTED), seed=3, attempt=planted)
+def test_every_misbehaviour_is_a_finding():
+    findings = fuzz.run(len(PLANTED), seed=3, attempt=planted, cpu_seconds=1, patience=8)
     for number, (_, wanted) in enumerate(PLANTED):
         found = [finding for finding in findings if finding.startswith(f"input {number} of seed 3: ")]
         assert wanted in found[0] if wanted else found == []
 
 
+def loses_one(*arguments):
+    images, names, left_out = decoding.decode_tar(*arguments)
+    return images[1:], names[1:], left_out
+
+
+def swaps_names(*arguments):
+    images, names, left_out = decoding.decode_tar(*arguments)
+    return images, names[::-1], left_out
+
+
 @pytest.mark.filterwarnings("ignore:Palette images")
-def test_a_lost_image_is_a_finding(monkeypatch):
+@pytest.mark.parametrize("wrong", [loses_one, swaps_names])
+def test_a_lost_image_is_a_finding(wrong):
     content = fuzz.intact_images()
-    tar = demo.make_tar({"n0.JPEG": content[0], "a/n1.JPEG": content[1]})
+    tar = make_tar({"n0.JPEG": content[0], "a/n1.JPEG": content[1]})
     assert fuzz.check_tar(tar) == []
-    decode_tar = imagenet.decode_tar
-
-    def loses_one(*arguments):
-        images, names, left_out = decode_tar(*arguments)
-        return images[1:], names[1:], left_out
-
-    def swaps_names(*arguments):
-        images, names, left_out = decode_tar(*arguments)
-        return images, names[::-1], left_out
-
-    for wrong, number in ((loses_one, 2), (swaps_names, 2)):
-        monkeypatch.setattr(imagenet, "decode_tar", wrong)
-        findings = fuzz.check_tar(tar)
-        assert len(findings) == number
-        assert all(finding.startswith("intact, but not kept: 1 x ") for finding in findings)
+    findings = fuzz.check_tar(tar, wrong)
+    assert len(findings) == 2
+    assert all(finding.startswith("intact, but not kept: 1 x ") for finding in findings)
 
 
-def test_pixels_that_change_are_a_finding(monkeypatch):
+def test_pixels_that_change_are_a_finding():
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(
-        imagenet, "decode_image", lambda data, size: rng.integers(0, 255, (*size, 3), np.uint8)
-    )
-    [finding] = fuzz.check_image(b"")
+    [finding] = fuzz.check_image(b"", lambda data, size: rng.integers(0, 255, (*size, 3), np.uint8))
     assert finding.startswith("not the same twice: ")
 
 
 @pytest.mark.parametrize(
     "labels", [{"a.JPEG": 1, "b.JPEG": 1}, {"a.JPEG": 1, "b.JPEG": 2, "c.JPEG": 10}]
 )
-def test_wrong_labels_are_a_finding(monkeypatch, labels):
-    monkeypatch.setattr(imagenet, "parse_labels", lambda *_: labels)
-    assert len(fuzz.check_labels(b"n1/a.JPEG 1\nn1/b.JPEG 2\n")) == 1
+def test_wrong_labels_are_a_finding(labels):
+    assert len(fuzz.check_labels(b"n1/a.JPEG 1\nn1/b.JPEG 2\n", lambda *_: labels)) == 1

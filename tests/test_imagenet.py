@@ -14,8 +14,9 @@ import ray
 import simplejpeg
 from PIL import Image, ImageChops
 
-import demo
+import decoding
 import imagenet
+from tests.support import draw_image, encode, jpeg, make_tar
 
 SIZE = [256, 256]
 
@@ -27,25 +28,19 @@ def picture(width=500, height=400):
     return Image.fromarray((np.stack(channels, -1) * 255).round().astype(np.uint8))
 
 
-def encode(image, kind, **options):
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
-
-
 def difference(data, wanted, size=SIZE):
     """Mean absolute difference, grey levels, of a decoded image from Pillow's Lanczos of `wanted`."""
     height, width = size
     lanczos = np.asarray(wanted.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-    decoded = imagenet.decode_image(data, size)
+    decoded = decoding.decode_image(data, size)
     assert decoded.shape == (height, width, 3) and decoded.dtype == np.uint8
     return np.abs(decoded.astype(int) - lanczos).mean()
 
 
 def put_tar(s3, bucket, key, names, size=(300, 260)):
     rng = np.random.default_rng(0)
-    files = {name: demo.jpeg(demo.draw_image(i, rng, size)) for i, name in enumerate(names)}
-    s3.put_object(Bucket=bucket, Key=key, Body=demo.make_tar(files))
+    files = {name: jpeg(draw_image(i, rng, size)) for i, name in enumerate(names)}
+    s3.put_object(Bucket=bucket, Key=key, Body=make_tar(files))
 
 
 # ---- listing
@@ -57,7 +52,7 @@ def test_list_has_every_page(s3, bucket):
         list(pool.map(lambda key: s3.put_object(Bucket=bucket, Key=key, Body=b""), keys))
     assert s3.list_objects(Bucket=bucket)["IsTruncated"], "all keys fit on one page"
     tars, others = imagenet.list_tars(bucket, "train/")
-    assert list(tars) == keys and others == []
+    assert [tar.key for tar in tars] == keys and others == 0
 
 
 def test_list_filters_by_prefix_and_leaves_out_what_is_no_tar(s3, bucket):
@@ -65,18 +60,21 @@ def test_list_filters_by_prefix_and_leaves_out_what_is_no_tar(s3, bucket):
     for key in keys:
         s3.put_object(Bucket=bucket, Key=key, Body=key.encode())
     tars, others = imagenet.list_tars(bucket, "train/")
-    assert tars == {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys[:2]}
-    assert sorted(others) == sorted(keys[2:5])
-    assert list(imagenet.list_tars(bucket, "train/b")[0]) == ["train/b.tar"]
+    heads = [s3.head_object(Bucket=bucket, Key=key) for key in keys[:2]]
+    assert tars == [
+        imagenet.Tar(key, head["ETag"], len(key)) for key, head in zip(keys, heads, strict=False)
+    ]
+    assert others == 3
+    assert [tar.key for tar in imagenet.list_tars(bucket, "train/b")[0]] == ["train/b.tar"]
 
 
 # ---- loading
 
 
 def test_load_returns_at_once_with_one_task_a_tar(cluster, bucket):
-    keys = ["a.tar", "b.tar", "c.tar"]
+    tars = [imagenet.Tar(key, None, 0) for key in ("a.tar", "b.tar", "c.tar")]
     # No node has a gate, so that none of the tasks can run while load_tarfiles_from_s3 does.
-    loaded = imagenet.load_tarfiles_from_s3(bucket, keys, SIZE, resources={"gate": 1})
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, resources={"gate": 1})
     assert [len(refs) for refs in loaded] == [3, 3, 3]
     tasks = [{ref.task_id() for ref in refs} for refs in loaded]
     assert [len(ids) for ids in tasks] == [1, 1, 1] and len(set.union(*tasks)) == 3
@@ -89,35 +87,30 @@ def test_load_returns_images_names_and_a_report(cluster, s3, bucket):
     put_tar(s3, bucket, "train/a.tar", ["n1/n1_1.JPEG", "n1/n1_2.JPEG", "n1/sub/n1_3.JPEG"])
     put_tar(s3, bucket, odd, ["n2_1.JPEG"], size=(100, 700))
     tars, _ = imagenet.list_tars(bucket, "train/")
-    for keys in (list(tars), tars):  # keys alone, or with their ETags
-        loaded = ray.get(
-            [ref for refs in imagenet.load_tarfiles_from_s3(bucket, keys, SIZE) for ref in refs]
-        )
-        (images, names, report), (images2, names2, report2) = loaded[:3], loaded[3:]
-        assert images.shape == (3, 256, 256, 3) and images.dtype == np.uint8
-        assert names == ["n1_1.JPEG", "n1_2.JPEG", "n1_3.JPEG"]
-        assert report == {"key": "train/a.tar", "images": 3, "left_out": 0, "named": []}
-        assert images2.shape == (1, 256, 256, 3) and names2 == ["n2_1.JPEG"]
-        assert report2 == {"key": odd, "images": 1, "left_out": 0, "named": []}
-    # Images lie in the order of their names.
-    blue = demo.draw_image(1, np.random.default_rng(1), (300, 260))
-    s3.put_object(
-        Bucket=bucket,
-        Key="order.tar",
-        Body=demo.make_tar({"grey": demo.jpeg(blue.convert("L")), "blue": demo.jpeg(blue)}),
-    )
-    [(images, names, _)] = imagenet.load_tarfiles_from_s3(bucket, ["order.tar"], SIZE)
-    grey, colour = (np.ptp(image, axis=-1).max() for image in ray.get(images))
-    assert ray.get(names) == ["grey", "blue"] and grey == 0 and colour > 50
+    one, other = (ray.get(list(tar)) for tar in imagenet.load_tarfiles_from_s3(bucket, tars, SIZE))
+    images, *rest = one
+    assert images.shape == (3, 256, 256, 3) and images.dtype == np.uint8
+    report = {"key": "train/a.tar", "images": 3, "left_out": 0, "named": []}
+    assert rest == [["n1_1.JPEG", "n1_2.JPEG", "n1_3.JPEG"], report]
+    images, *rest = other
+    assert images.shape == (1, 256, 256, 3)
+    assert rest == [["n2_1.JPEG"], {"key": odd, "images": 1, "left_out": 0, "named": []}]
+
+
+def test_images_lie_in_the_order_of_their_names():
+    blue = draw_image(1, np.random.default_rng(1), (300, 260))
+    tar = make_tar({"grey": jpeg(blue.convert("L")), "blue": jpeg(blue)})
+    images, names, _ = decoding.decode_tar(io.BytesIO(tar), SIZE)
+    grey, colour = (np.ptp(image, axis=-1).max() for image in images)
+    assert names == ["grey", "blue"] and grey == 0 and colour > 50
 
 
 def test_drivers_endpoint_and_region_reach_the_tasks(cluster, s3, bucket):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
     elsewhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_DEFAULT_REGION": "eu-north-1"}
-    [(_, names, _)] = imagenet.load_tarfiles_from_s3(
-        bucket, ["a.tar"], SIZE, runtime_env={"env_vars": elsewhere}
-    )
-    assert ray.get(names) == ["a.JPEG"]
+    [tar], _ = imagenet.list_tars(bucket, "")
+    [loaded] = imagenet.load_tarfiles_from_s3(bucket, [tar], SIZE, runtime_env={"env_vars": elsewhere})
+    assert ray.get(loaded.filenames) == ["a.JPEG"]
 
 
 def test_location_is_endpoint_and_region_and_no_credentials(s3, monkeypatch):
@@ -133,32 +126,38 @@ def test_changed_object_is_noticed_by_its_etag(cluster, s3, bucket):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
     tars, _ = imagenet.list_tars(bucket, "")
     put_tar(s3, bucket, "a.tar", ["b.JPEG"])
-    [(_, _, report)] = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE)
+    [loaded] = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE)
     with pytest.raises(imagenet.InputError, match=f"^s3://{bucket}/a.tar: has changed since") as caught:
-        imagenet.report_loading(bucket, [report])
+        imagenet.report_loading(bucket, [loaded.report], print)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("left_out", [0, 7])
-def test_report_counts_and_names_what_is_left_out(cluster, capsys, left_out):
+def test_report_counts_and_names_what_is_left_out(cluster, left_out):
     reports = [
         {"key": f"{i:02}\n.tar", "images": 3, "left_out": left_out, "named": ["x: cut", "y: no image"]}
         for i in range(20)
     ]
-    imagenet.report_loading("b", [ray.put(report) for report in reports])
-    lines = capsys.readouterr().out.splitlines()
+    lines = []
+    imagenet.report_loading("b", [ray.put(report) for report in reports], lines.append)
     progress = [line for line in lines if line.startswith("Loading")]
     assert len(progress) == 10 and progress[-1] == "Loading: 20 of 20 tars, 60 images"
     named = [f"s3://b/{i:02} .tar: 7 left out: x: cut; y: no image" for i in range(5)]
     assert lines[10:] == ([*named, "105 left out of 15 more tars"] if left_out else [])
 
 
-def test_a_terminal_gets_a_bar_instead_of_lines(cluster, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    report = {"key": "a.tar", "images": 3, "left_out": 0, "named": []}
-    imagenet.report_loading("b", [ray.put(report) for _ in range(4)])
-    out, err = capsys.readouterr()
-    assert out == "" and "4/4" in err and "images=12" in err
+class Terminal(io.StringIO):
+    """A text file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_instead_of_lines(cluster):
+    report, lines = {"key": "a.tar", "images": 3, "left_out": 0, "named": []}, []
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        imagenet.report_loading("b", [ray.put(report) for _ in range(4)], lines.append)
+    assert lines == [] and "4/4" in terminal.getvalue() and "images=12" in terminal.getvalue()
 
 
 # ---- decoding
@@ -220,7 +219,7 @@ def test_every_format_becomes_rgb(name):
 def test_16_bit_grey_keeps_its_bright_half():
     """Clipped at 255, as Pillow's own conversion does it, every pixel but black would be white."""
     ramp = np.linspace(0, 65535, 256 * 256).reshape(256, 256).astype(np.uint16)
-    decoded = imagenet.decode_image(cv2.imencode(".png", ramp)[1].tobytes(), SIZE)
+    decoded = decoding.decode_image(cv2.imencode(".png", ramp)[1].tobytes(), SIZE)
     assert np.abs(decoded - (ramp / 257)[..., None]).max() <= 1
 
 
@@ -247,7 +246,7 @@ def test_every_size_and_aspect_comes_out_as_lanczos_does(width, height, kind):
 
 @pytest.mark.parametrize("size", [[64, 96], [300, 200], [700, 600]])
 def test_size_is_height_and_width(size):
-    assert difference(demo.jpeg(picture(), 95), picture(), size) < 1.5
+    assert difference(jpeg(picture(), 95), picture(), size) < 1.5
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -259,15 +258,15 @@ def test_fine_stripes_do_not_alias(side, axis, kind):
     stripes.swapaxes(0, axis)[::2] = 255
     sampled = cv2.resize(stripes, tuple(SIZE), interpolation=cv2.INTER_LINEAR)
     options = {"quality": 95} if kind == "JPEG" else {}
-    decoded = imagenet.decode_image(encode(Image.fromarray(stripes), kind, **options), SIZE)
+    decoded = decoding.decode_image(encode(Image.fromarray(stripes), kind, **options), SIZE)
     assert sampled.std() > 50
     assert decoded.std() < sampled.std() / 2 and abs(decoded.mean() - 127.5) < 3
 
 
 def test_png_by_the_name_of_a_jpeg_is_kept():
     """ILSVRC-2012 has one: n02105855_2933.JPEG."""
-    tar = io.BytesIO(demo.make_tar({"n02105855_2933.JPEG": encode(picture(), "PNG")}))
-    images, names, left_out = imagenet.decode_tar(tar, SIZE)
+    tar = io.BytesIO(make_tar({"n02105855_2933.JPEG": encode(picture(), "PNG")}))
+    images, names, left_out = decoding.decode_tar(tar, SIZE)
     assert len(images) == 1 and names == ["n02105855_2933.JPEG"] and left_out == []
 
 
@@ -287,11 +286,11 @@ def recorded_writes():
 
 def test_the_disk_is_not_touched(s3, bucket, tmp_path):
     put_tar(s3, bucket, "a.tar", [f"{i}.JPEG" for i in range(50)], size=(1000, 800))
-    files = {"png.JPEG": encode(picture(), "PNG"), "cut.JPEG": demo.jpeg(picture())[:2000]}
-    s3.put_object(Bucket=bucket, Key="b.tar", Body=demo.make_tar(files))
+    files = {"png.JPEG": encode(picture(), "PNG"), "cut.JPEG": jpeg(picture())[:2000]}
+    s3.put_object(Bucket=bucket, Key="b.tar", Body=make_tar(files))
 
     def load(key):
-        return imagenet.decode_tar(imagenet.download(bucket, key, None, {}), SIZE)
+        return decoding.decode_tar(imagenet.download(bucket, key), SIZE)
 
     load("b.tar")  # the first time, Python caches the modules that it imports
     with recorded_writes() as paths:
@@ -303,11 +302,11 @@ def test_the_disk_is_not_touched(s3, bucket, tmp_path):
 
 def test_the_array_is_allocated_once():
     rng = np.random.default_rng(0)
-    good = {f"{i}.JPEG": demo.jpeg(demo.draw_image(i, rng)) for i in range(40)}
-    tar = io.BytesIO(demo.make_tar({"first": b"no image", **good, "last": b"no image"}))
+    good = {f"{i}.JPEG": jpeg(draw_image(i, rng)) for i in range(40)}
+    tar = io.BytesIO(make_tar({"first": b"no image", **good, "last": b"no image"}))
     tracemalloc.start()
     try:
-        images, names, left_out = imagenet.decode_tar(tar, SIZE)
+        images, names, left_out = decoding.decode_tar(tar, SIZE)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -347,7 +346,7 @@ LABEL_ERRORS = {
     "two labels": (b"a/a.JPEG 1\nb/b.JPEG 1\nc/a.JPEG 2", 3, "'a.JPEG' already has label 1"),
     "line after good and blank ones": (b"a/a.JPEG 1\r\n\r\nb/b.JPEG 2\r\nc\r\n", 4, "not `directory"),
     "Latin-1": (b"a/a.JPEG 1\nb/\xe9.JPEG 2", 2, "not text"),
-    "an image": (demo.jpeg(picture()), 1, "not text"),
+    "an image": (jpeg(picture()), 1, "not text"),
     "UTF-16": ("a/a.JPEG 1\n".encode("utf-16"), 1, "not text"),
     "escape codes": (b"a/a.JPEG 1\n\x1b[2J", 2, "not `directory"),
 }

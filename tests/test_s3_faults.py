@@ -7,29 +7,28 @@ from collections import Counter
 import numpy as np
 import pytest
 import ray
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from fault_proxy import fault_proxy
 
-import demo
 import imagenet
+from tests.fault_proxy import fault_proxy
+from tests.support import draw_image, jpeg, make_tar
 
-PART = imagenet._PARTS.multipart_chunksize
+PART = imagenet.PARTS.multipart_chunksize
 CONTENT = np.random.default_rng(0).bytes(2 * PART + 1000)  # an object of three parts
 PARTS = 3
 
 BEFORE_THE_BODY = ["500", "503", "silent", "drop"]
 IN_THE_BODY = ["reset", "cut", "stall"]
 
+HASTY = Config(read_timeout=2)  # seconds after which what stalls is given up
+
 
 @pytest.fixture
 def proxy(s3, monkeypatch):
-    """A proxy between boto3 and moto's server; what stalls is given up after 4 seconds."""
+    """A proxy between boto3 and moto's server."""
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        for name in ("_RETRYING", "_IMPATIENT"):
-            hasty = getattr(imagenet, name).merge(Config(read_timeout=4))
-            monkeypatch.setattr(imagenet, name, hasty)
-        imagenet._retrying_client.cache_clear()
         yield proxy
 
 
@@ -38,8 +37,10 @@ def put(s3, bucket, content=CONTENT, key="a.tar"):
     return s3.put_object(Bucket=bucket, Key=key, Body=content)["ETag"]
 
 
-def download(bucket, etag=None):
-    return imagenet.download(bucket, "a.tar", etag, imagenet.s3_location()).getvalue()
+def download(bucket, etag=None, hasty=HASTY, **parts):
+    """What `imagenet.download` returns with less patience."""
+    config = imagenet.PATIENT.merge(hasty)
+    return imagenet.download(bucket, "a.tar", etag, config=config, **parts).getvalue()
 
 
 # ---- faults that pass
@@ -79,13 +80,13 @@ def test_empty_object(proxy, s3, bucket):
     assert download(bucket, put(s3, bucket, b"")) == b""
 
 
-@pytest.mark.parametrize("fault", ["503", "silent", "cut"])
+@pytest.mark.parametrize("fault", ["503", "drop", "cut"])
 def test_list_and_labels_are_retried(proxy, s3, bucket, fault):
     etag = put(s3, bucket, b"")
     put(s3, bucket, b"n1/a.JPEG 1\n" * 1_000, "train.txt")
     proxy.faults["GET", bucket] = iter([fault])  # the path of a listing ends in the bucket's name
     proxy.faults["GET", "train.txt"] = iter([fault])
-    assert imagenet.list_tars(bucket, "") == ({"a.tar": etag}, ["train.txt"])
+    assert imagenet.list_tars(bucket, "") == ([imagenet.Tar("a.tar", etag, 0)], 1)
     assert imagenet.read_labels(bucket, "train.txt", 10) == {"a.JPEG": 1}
     gets = [(request.key, request.fault) for request in proxy.requests if request.method == "GET"]
     assert gets == [(bucket, fault), (bucket, None), ("train.txt", fault), ("train.txt", None)]
@@ -94,10 +95,10 @@ def test_list_and_labels_are_retried(proxy, s3, bucket, fault):
 @pytest.mark.parametrize("fault", ["503", "reset"])
 def test_the_estimate_is_made_in_any_case(proxy, s3, bucket, fault):
     """From the size alone where the head of the tar breaks off."""
-    tars = {"a.tar": put(s3, bucket, tar(0))}
+    tars = [imagenet.Tar("a.tar", put(s3, bucket, tar(0)), len(tar(0)))]
     proxy.faults["GET", "a.tar"] = iter([fault])
     through_fault, undisturbed = (imagenet.estimate_images(bucket, tars) for _ in range(2))
-    by_size = len(tar(0)) // 110_000
+    by_size = len(tar(0)) // imagenet.JPEG_BYTES
     assert undisturbed > 10 * by_size
     assert through_fault == (by_size if fault in IN_THE_BODY else undisturbed)
 
@@ -107,14 +108,12 @@ def test_the_estimate_is_made_in_any_case(proxy, s3, bucket, fault):
 
 @pytest.mark.parametrize("fault", BEFORE_THE_BODY + IN_THE_BODY)
 @pytest.mark.parametrize("content", [CONTENT, CONTENT[:1000]], ids=["parts", "one piece"])
-def test_unreadable_object_is_given_up(proxy, s3, bucket, monkeypatch, fault, content):
+def test_unreadable_object_is_given_up(proxy, s3, bucket, fault, content):
     hasty = Config(read_timeout=0.2, retries={"mode": "standard", "total_max_attempts": 2})
-    monkeypatch.setattr(imagenet, "_RETRYING", imagenet._RETRYING.merge(hasty))
-    monkeypatch.setattr(imagenet._PARTS, "num_download_attempts", 3)
     put(s3, bucket, content)
     proxy.faults["GET", "a.tar"] = itertools.repeat(fault)
     with pytest.raises(imagenet.InputError) as caught:
-        download(bucket)
+        download(bucket, hasty=hasty, parts=TransferConfig(PART, num_download_attempts=3))
     assert str(caught.value).startswith(f"s3://{bucket}/a.tar: ") and str(caught.value).isprintable()
     fetches = Counter(request.range for request in proxy.requests if request.method == "GET")
     assert 2 <= max(fetches.values()) <= 2 * 3
@@ -122,8 +121,8 @@ def test_unreadable_object_is_given_up(proxy, s3, bucket, monkeypatch, fault, co
 
 def test_a_stall_is_given_up_within_a_quarter_of_an_hour():
     """By imagenet's own limits, of which the test above has shown that both hold."""
-    patience = imagenet._RETRYING
-    attempts = patience.retries["total_max_attempts"] * imagenet._PARTS.num_download_attempts
+    patience = imagenet.PATIENT
+    attempts = patience.retries["total_max_attempts"] * imagenet.PARTS.num_download_attempts
     assert attempts * max(patience.connect_timeout, patience.read_timeout) <= 15 * 60
 
 
@@ -136,7 +135,7 @@ CHANGED = "has changed since it was listed: start again with the new data"
 @pytest.mark.parametrize("content", [CONTENT, b"old"], ids=["parts", "one piece"])
 def test_object_that_changed_after_it_was_listed(proxy, s3, bucket, content):
     old = put(s3, bucket, content)
-    assert imagenet.list_tars(bucket, "") == ({"a.tar": old}, [])
+    assert imagenet.list_tars(bucket, "") == ([imagenet.Tar("a.tar", old, len(content))], 0)
     put(s3, bucket, content[::-1])
     with pytest.raises(imagenet.InputError) as caught:
         download(bucket, old)
@@ -159,16 +158,16 @@ def test_object_that_changes_while_it_is_fetched(proxy, s3, bucket, etag):
 def tar(number):
     rng = np.random.default_rng(number)
     names = [f"n{number}_{i}.JPEG" for i in range(3)]
-    files = {name: demo.jpeg(demo.draw_image(number, rng, (100, 80))) for name in names}
-    return demo.make_tar(files | {"not an image": rng.bytes(PART)})
+    files = {name: jpeg(draw_image(number, rng, (100, 80))) for name in names}
+    return make_tar(files | {"not an image": rng.bytes(PART)})
 
 
-def load(bucket):
+def load(bucket, said):
     """Load what is listed, as driver.py does; the names of all images."""
     tars, _ = imagenet.list_tars(bucket, "")
     loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [64, 64])
-    imagenet.report_loading(bucket, [report for _, _, report in loaded])
-    return sorted(name for _, names, _ in loaded for name in ray.get(names))
+    imagenet.report_loading(bucket, [tar.report for tar in loaded], said.append)
+    return sorted(name for tar in loaded for name in ray.get(tar.filenames))
 
 
 @pytest.fixture
@@ -179,27 +178,26 @@ def tars(cluster, s3, bucket):
     return [f"n{number}_{i}.JPEG" for number in range(5) for i in range(3)]
 
 
-def test_a_load_through_faults_is_whole(tars, proxy, bucket, capsys):
-    passing = ["500", "503", "drop", "reset", "cut"]
+def test_a_load_through_faults_is_whole(tars, proxy, bucket):
+    said, passing = [], ["500", "503", "drop", "reset", "cut"]
     for number, fault in enumerate(passing):
         proxy.faults["GET", f"{number}.tar"] = iter([fault])
-    assert load(bucket) == tars
+    assert load(bucket, said) == tars
     faults = Counter(request.fault for request in proxy.requests if request.method == "GET")
-    assert faults == Counter(
-        [*passing, *[None] * (1 + 2 * len(passing))]
-    )  # the list, and two parts each
-    assert "Loading: 5 of 5 tars, 15 images" in capsys.readouterr().out
+    whole = 1 + 2 * len(passing)  # the list, and two parts each
+    assert faults == Counter([*passing, *[None] * whole])
+    assert "Loading: 5 of 5 tars, 15 images" in said
 
 
 def test_a_load_with_an_unreadable_tar_ends_with_its_name(tars, proxy, bucket):
     proxy.faults["GET", "3.tar"] = itertools.repeat("reset")
     with pytest.raises(imagenet.InputError) as caught:
-        load(bucket)
+        load(bucket, [])
     assert str(caught.value).startswith(f"s3://{bucket}/3.tar: ") and str(caught.value).isprintable()
 
 
 def test_a_load_ends_if_a_tar_changes(tars, proxy, s3, bucket):
     proxy.faults["GET", "3.tar"] = iter([lambda: put(s3, bucket, b"new", "3.tar")])
     with pytest.raises(imagenet.InputError) as caught:
-        load(bucket)
+        load(bucket, [])
     assert str(caught.value).startswith(f"s3://{bucket}/3.tar") and " changed " in str(caught.value)

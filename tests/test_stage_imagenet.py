@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 import ray
 import scipy.io
-from botocore.exceptions import ClientError
 from PIL import Image
 
-import demo
+import decoding
 import ilsvrc2012
 import imagenet
 import stage_imagenet
+from tests.fault_proxy import fault_proxy
+from tests.support import draw_image, encode, jpeg, make_tar
 
 TRAIN, VAL = "ILSVRC2012_img_train", "ILSVRC2012_img_val"
 LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}  # Caffe's
@@ -50,7 +52,7 @@ def train():
     """Three classes of four images: a dict of WNID -> name -> JPEG."""
     rng = np.random.default_rng(0)
     return {
-        wnid: {f"{wnid}_{n}.JPEG": demo.jpeg(demo.draw_image(label, rng)) for n in (9, 10, 2, 1)}
+        wnid: {f"{wnid}_{n}.JPEG": jpeg(draw_image(label, rng)) for n in (9, 10, 2, 1)}
         for wnid, label in LABELS.items()
     }
 
@@ -60,7 +62,7 @@ def val():
     """Five validation images, a dict of name -> JPEG."""
     rng = np.random.default_rng(1)
     pairs = zip(VAL_NAMES, VAL_WNIDS, strict=True)
-    return {name: demo.jpeg(demo.draw_image(LABELS[wnid], rng)) for name, wnid in pairs}
+    return {name: jpeg(draw_image(LABELS[wnid], rng)) for name, wnid in pairs}
 
 
 @pytest.fixture
@@ -80,9 +82,9 @@ def tars(tmp_path, train, val):
     """The images and their ground truth as the official archives."""
     root = tmp_path / "tars"
     root.mkdir()
-    inner = {f"{wnid}.tar": demo.make_tar(files) for wnid, files in reversed(train.items())}
-    (root / f"{TRAIN}.tar").write_bytes(demo.make_tar(inner))
-    (root / f"{VAL}.tar").write_bytes(demo.make_tar(dict(reversed(val.items()))))
+    inner = {f"{wnid}.tar": make_tar(files) for wnid, files in reversed(train.items())}
+    (root / f"{TRAIN}.tar").write_bytes(make_tar(inner))
+    (root / f"{VAL}.tar").write_bytes(make_tar(dict(reversed(val.items()))))
     with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as devkit:
         devkit.add(make_devkit(tmp_path), "ILSVRC2012_devkit_t12")
     return root
@@ -101,22 +103,23 @@ def make_devkit(path):
 
 
 @pytest.fixture
-def uploads(monkeypatch):
-    """The names of what is uploaded, in order."""
-    names, upload = [], imagenet.S3Folder.upload_stream
+def proxy(s3, monkeypatch):
+    """A proxy between boto3 and moto's server, which sees what is put."""
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
 
-    def noted(self, stream, name, metadata):
-        upload(self, stream, name, metadata)
-        names.append(name)
 
-    monkeypatch.setattr(imagenet.S3Folder, "upload_stream", noted)
+def uploads(proxy):
+    """The keys of what was uploaded since the last call, in order: put whole, or in parts."""
+    names = []
+    for request in proxy.requests:
+        path, _, query = request.path.partition("?")
+        whole = request.method == "PUT" and "uploadId" not in query
+        completed = request.method == "POST" and query.startswith("uploadId")
+        names += [path.split("/", 2)[2]] if whole or completed else []
+    proxy.requests.clear()
     return names
-
-
-@pytest.fixture(autouse=True)
-def small_val_tars(monkeypatch):
-    """Two validation images a tar."""
-    monkeypatch.setattr(ilsvrc2012, "VAL_IMAGES", 2)
 
 
 # ---- what is put
@@ -128,16 +131,14 @@ def test_folder_becomes_sorted_tars_and_labels(s3, bucket, folder, train, val):
     put = objects(s3, bucket)
     assert sorted(put) == [
         *(f"{TRAIN}/{wnid}.tar" for wnid in LABELS),
-        *(f"{VAL}/00{number}.tar" for number in range(3)),
+        f"{VAL}/000.tar",
         "train.txt",
         "val.txt",
     ]
     for wnid, files in train.items():
         assert list(tar_members(put[f"{TRAIN}/{wnid}.tar"]).items()) == sorted(files.items())
-    for number in range(3):
-        names = VAL_NAMES[2 * number : 2 * number + 2]
-        members = tar_members(put[f"{VAL}/00{number}.tar"])
-        assert list(members.items()) == [(name, val[name]) for name in names]
+    members = tar_members(put[f"{VAL}/000.tar"])
+    assert list(members.items()) == [(name, val[name]) for name in VAL_NAMES]
     lines = {f"{wnid}/{name} {LABELS[wnid]}" for wnid, files in train.items() for name in files}
     assert put["train.txt"].decode().splitlines() == sorted(lines)
     pairs = zip(VAL_NAMES, VAL_WNIDS, strict=True)
@@ -172,6 +173,20 @@ def test_all_layouts_give_the_same_objects(s3, bucket, folder, tars, tmp_path):
     assert objects(s3, bucket, "kaggle/") == wanted
 
 
+def test_many_validation_images_become_several_tars(s3, bucket, tmp_path):
+    """Of 2,000 each: they are loaded side by side."""
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 4003)]
+    (tmp_path / "val" / "n01440764").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "val" / "n01440764" / name).write_bytes(name.encode())
+    assert run(tmp_path, f"s3://{bucket}") == 0
+    put = objects(s3, bucket)
+    assert sorted(put) == [*(f"{VAL}/00{number}.tar" for number in range(3)), "val.txt"]
+    members = [tar_members(put[f"{VAL}/00{number}.tar"]) for number in range(3)]
+    assert [len(names) for names in members] == [2000, 2000, 2]
+    assert [name for tar in members for name in tar] == names
+
+
 def test_labels_are_caffes():
     labels = ilsvrc2012.caffe_labels()
     assert (labels["n01440764"], labels["n02119789"], labels["n15075141"]) == (0, 278, 999)
@@ -188,51 +203,47 @@ def test_driver_reads_what_is_put(s3, bucket, cluster, tars, train, capsys):
         f"Now: python driver.py --s3-bucket {bucket} --key-prefix 'a b/p/'{TRAIN}/ "
         f"--label-file 'a b/p/'train.txt --val-prefix 'a b/p/'{VAL}/ --val-label-file 'a b/p/'val.txt"
     )
-    for directory, label_file, count in ((TRAIN, "train.txt", 12), (VAL, "val.txt", 5)):
+    for directory, label_file, count, images in ((TRAIN, "train.txt", 3, 12), (VAL, "val.txt", 1, 5)):
         listed, others = imagenet.list_tars(bucket, f"a b/p/{directory}/")
-        assert len(listed) == 3 and others == []
+        assert len(listed) == count and others == 0
         labels = imagenet.read_labels(bucket, f"a b/p/{label_file}", 1000)
         names = []
-        for images_ref, names_ref, report_ref in imagenet.load_tarfiles_from_s3(
-            bucket, listed, [256, 256]
-        ):
-            report = ray.get(report_ref)
+        for loaded in imagenet.load_tarfiles_from_s3(bucket, listed, [256, 256]):
+            report = ray.get(loaded.report)
             assert report["left_out"] == 0
-            assert ray.get(images_ref).shape == (report["images"], 256, 256, 3)
-            names += ray.get(names_ref)
-        assert len(names) == count and set(names) == set(labels)
+            assert ray.get(loaded.images).shape == (report["images"], 256, 256, 3)
+            names += ray.get(loaded.filenames)
+        assert len(names) == images and set(names) == set(labels)
 
 
 # ---- once more
 
 
-def test_second_run_puts_only_what_differs(s3, bucket, folder, uploads, capsys):
+def test_second_run_puts_only_what_differs(s3, bucket, proxy, folder, capsys):
     assert run(folder, f"s3://{bucket}/p") == 0
-    assert uploads[-2:] == ["train.txt", "val.txt"] and len(uploads) == 8
-    uploads.clear()
+    first = uploads(proxy)
+    assert first[-2:] == ["p/train.txt", "p/val.txt"] and len(first) == 6
     assert run(folder, f"s3://{bucket}/p") == 0
-    assert uploads == []
+    assert uploads(proxy) == []
     assert "train: 12 images in 3 tars, 0 of them uploaded" in capsys.readouterr().out
 
     # A changed image, of the same length, age and name.
     changed = folder / "train" / "n01443537" / "n01443537_9.JPEG"
     changed.write_bytes(changed.read_bytes()[:-3] + b"\0\xff\xd9")
     assert run(folder, f"s3://{bucket}/p") == 0
-    assert uploads == [f"{TRAIN}/n01443537.tar"]
+    assert uploads(proxy) == [f"p/{TRAIN}/n01443537.tar"]
     put = objects(s3, bucket, "p/")
-    assert tar_members(put[uploads.pop()])["n01443537_9.JPEG"] == changed.read_bytes()
+    tar = tar_members(put[f"{TRAIN}/n01443537.tar"])
+    assert tar["n01443537_9.JPEG"] == changed.read_bytes()
 
     # A tar that is gone, one that another program replaced, and an image fewer in a third.
     s3.delete_object(Bucket=bucket, Key=f"p/{TRAIN}/n01443537.tar")
-    s3.put_object(Bucket=bucket, Key=f"p/{VAL}/001.tar", Body=put[f"{VAL}/001.tar"][:1024])
+    s3.put_object(Bucket=bucket, Key=f"p/{VAL}/000.tar", Body=put[f"{VAL}/000.tar"][:1024])
     (folder / "train" / "n15075141" / "n15075141_9.JPEG").unlink()
     assert run(folder, f"s3://{bucket}/p") == 0
-    assert sorted(uploads[:-1]) == [
-        f"{TRAIN}/n01443537.tar",
-        f"{TRAIN}/n15075141.tar",
-        f"{VAL}/001.tar",
-    ]
-    assert uploads[-1] == "train.txt"
+    *some, last = uploads(proxy)
+    tars = [f"{TRAIN}/n01443537.tar", f"{TRAIN}/n15075141.tar", f"{VAL}/000.tar"]
+    assert sorted(some) == [f"p/{tar}" for tar in tars] and last == "p/train.txt"
     again = objects(s3, bucket, "p/")
     unchanged = set(put) - {f"{TRAIN}/n15075141.tar", "train.txt"}
     assert all(again[key] == put[key] for key in unchanged)
@@ -251,12 +262,12 @@ def test_reports_tars_of_another_source(s3, bucket, folder, capsys):
 
 @pytest.fixture
 def large(tmp_path):
-    """A source of one class that takes several parts to upload; its images are read, not decoded."""
+    """A source of one class of 160 MiB, more than an upload reads ahead; its images are not decoded."""
     path = tmp_path / "large" / "train" / "n01440764"
     path.mkdir(parents=True)
-    for number in range(10):
-        data = np.random.default_rng(number).bytes(3 * 2**20)
-        (path / f"n01440764_{number}.JPEG").write_bytes(data)
+    for number in range(20):
+        with (path / f"n01440764_{number:02}.JPEG").open("wb") as file:
+            file.truncate(8 * 2**20)
     return path.parents[1]
 
 
@@ -265,48 +276,40 @@ def is_untouched(s3, bucket):
     return not objects(s3, bucket) and "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)
 
 
-def test_source_that_changes_meanwhile_leaves_no_tar(s3, bucket, large, uploads, monkeypatch, capsys):
-    tar_bytes = stage_imagenet.tar_bytes
-
-    def changing(images, *args):
-        images[-1].path.write_bytes(b"something else")
-        return tar_bytes(images, *args)
-
-    monkeypatch.setattr(stage_imagenet, "tar_bytes", changing)
+def test_source_that_changes_meanwhile_leaves_no_tar(s3, bucket, proxy, large, capsys):
+    last = large / "train" / "n01440764" / "n01440764_19.JPEG"
+    # The upload begins before all images are read for it, and after all were read once.
+    proxy.faults["POST", "n01440764.tar"] = iter([lambda: last.write_bytes(b"something else")])
     assert run(large, f"s3://{bucket}") == 2
     error = capsys.readouterr().err
     assert "changed while it was read; start again" in error and error.count("\n") == 1
+    assert last.read_bytes() == b"something else" and uploads(proxy) == []
     assert is_untouched(s3, bucket)
     assert run(large, f"s3://{bucket}") == 0  # from now on it stays the same
-    assert uploads == [f"{TRAIN}/n01440764.tar", "train.txt"]
+    assert uploads(proxy) == [f"{TRAIN}/n01440764.tar", "train.txt"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_no_tar(s3, bucket, large, monkeypatch, capsys, signum):
-    tar_bytes, seen = stage_imagenet.tar_bytes, []
+def test_interrupt_leaves_no_tar(s3, bucket, proxy, large, capsys, signum):
+    """It comes with the first part, and no part is quick: most of the source is not read by then."""
+    sent = []
 
-    def interrupted(images, side, stop, fingerprint):
-        for number, chunk in enumerate(tar_bytes(images, side, stop, fingerprint)):
-            yield chunk
-            if number == 24:  # 24 MiB are read and the first parts are on their way
-                deadline = time.monotonic() + 30
-                while not (begun := "Uploads" in s3.list_multipart_uploads(Bucket=bucket)):
-                    assert time.monotonic() < deadline, "no upload has begun"
-                    time.sleep(0.1)
-                os.kill(os.getpid(), signum)
-                seen.extend([begun, stop.wait(60)])
+    def interrupt():
+        sent.append(None)
+        if len(sent) == 1:
+            os.kill(os.getpid(), signum)
+        time.sleep(0.5)
 
-    monkeypatch.setattr(stage_imagenet, "tar_bytes", interrupted)
+    proxy.faults["PUT", "n01440764.tar"] = itertools.repeat(interrupt)
     gc.collect()  # Ray's finalizers of what earlier tests left swallow an interrupt that hits them
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(large, f"s3://{bucket}") == 130
     assert capsys.readouterr().err == "Interrupted; the same command goes on from here\n"
-    assert seen == [True, True], "the upload had begun, and its thread heard of the interrupt"
-    assert is_untouched(s3, bucket)
+    assert 0 < len(sent) < 20, "the upload had begun, and its thread heard of the interrupt"
+    assert uploads(proxy) == [] and is_untouched(s3, bucket)
 
 
-def test_failure_of_one_tar_puts_no_label_file(s3, bucket, tars, monkeypatch, capsys):
-    monkeypatch.setattr(stage_imagenet, "TARS_AT_ONCE", 1)
+def test_failure_of_one_tar_puts_no_label_file(s3, bucket, tars, capsys):
     path = tars / f"{TRAIN}.tar"
     data = bytearray(path.read_bytes())
     data[data.rindex(b"n15075141_10.JPEG")] = 0  # the header's checksum is wrong now
@@ -316,7 +319,8 @@ def test_failure_of_one_tar_puts_no_label_file(s3, bucket, tars, monkeypatch, ca
     assert error == (
         f"error: {path}: n15075141.tar: a damaged tar, or cut off; copy or download it again\n"
     )
-    assert sorted(objects(s3, bucket)) == [f"{TRAIN}/n01440764.tar", f"{TRAIN}/n01443537.tar"]
+    # What was uploaded beside it is whole and stays.
+    assert set(objects(s3, bucket)) <= {f"{TRAIN}/n01440764.tar", f"{TRAIN}/n01443537.tar"}
 
 
 def test_memory_is_bounded(s3, bucket, tmp_path):
@@ -343,12 +347,11 @@ def test_memory_is_bounded(s3, bucket, tmp_path):
 # ---- resized
 
 
-def test_resize(s3, bucket, folder, train, uploads):
+def test_resize(s3, bucket, proxy, folder, train):
     odd = folder / "train" / "n01443537" / "n01443537_odd.JPEG"
     odd.write_bytes(b"no image")
-    cmyk = io.BytesIO()
-    Image.new("CMYK", (300, 200), (0, 200, 200, 0)).save(cmyk, "JPEG")
-    (odd.parent / "n01443537_cmyk.JPEG").write_bytes(cmyk.getvalue())
+    cmyk = Image.new("CMYK", (300, 200), (0, 200, 200, 0))
+    (odd.parent / "n01443537_cmyk.JPEG").write_bytes(encode(cmyk, "JPEG"))
     assert run(folder, f"s3://{bucket}", "--resize", 256) == 0
     put = objects(s3, bucket)
     for wnid, files in train.items():
@@ -356,7 +359,7 @@ def test_resize(s3, bucket, folder, train, uploads):
         for name, data in files.items():
             with Image.open(io.BytesIO(resized[name])) as image:
                 assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (256, 256))
-            was, now = (imagenet.decode_image(d, [256, 256]).astype(int) for d in (data, resized[name]))
+            was, now = (decoding.decode_image(d, [256, 256]).astype(int) for d in (data, resized[name]))
             assert np.abs(was - now).mean() < 12, "another picture"
     resized = tar_members(put[f"{TRAIN}/n01443537.tar"])
     assert resized[odd.name] == b"no image"  # the driver reports it
@@ -364,11 +367,12 @@ def test_resize(s3, bucket, folder, train, uploads):
         assert (image.mode, image.size) == ("RGB", (256, 256))
     assert f"n01443537/{odd.name} 1".encode() in put["train.txt"].splitlines()
 
-    uploads.clear()
+    uploads(proxy)
     assert run(folder, f"s3://{bucket}", "--resize", 256) == 0
-    assert uploads == []
+    assert uploads(proxy) == []
     assert run(folder, f"s3://{bucket}") == 0  # the same images, not resized: other tars, same labels
-    assert len(uploads) == 6 and not {"train.txt", "val.txt"} & set(uploads)
+    again = uploads(proxy)
+    assert len(again) == 4 and all(key.endswith(".tar") for key in again)
 
 
 # ---- what can't be staged
@@ -407,7 +411,7 @@ def short_ground_truth(tars):
 
 
 def unknown_wnid(tars):
-    (tars / f"{TRAIN}.tar").write_bytes(demo.make_tar({"n00000001.tar": demo.make_tar({"a": b""})}))
+    (tars / f"{TRAIN}.tar").write_bytes(make_tar({"n00000001.tar": make_tar({"a": b""})}))
     return tars
 
 
@@ -477,22 +481,12 @@ def test_no_such_bucket(s3, folder, capsys):
     )
 
 
-def test_bucket_that_cannot_be_written(s3, bucket, folder, uploads, monkeypatch, capsys):
-    resource = imagenet.s3_resource
-
-    def denied(**_):
-        raise ClientError({"Error": {"Code": "AccessDenied"}}, "CreateMultipartUpload")
-
-    def read_only(*args, **where):
-        made = resource(*args, **where)
-        made.meta.client.meta.events.register("before-call.s3.CreateMultipartUpload", denied)
-        return made
-
-    monkeypatch.setattr(imagenet, "s3_resource", read_only)
+def test_bucket_that_cannot_be_written(s3, bucket, proxy, folder, capsys):
+    proxy.faults["POST", "train.txt"] = itertools.repeat("403")
     assert run(folder, f"s3://{bucket}") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: s3://{bucket}/train.txt: access denied") and error.count("\n") == 1
-    assert uploads == []
+    assert uploads(proxy) == [] and is_untouched(s3, bucket)
 
 
 @pytest.mark.parametrize(

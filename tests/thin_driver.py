@@ -1,54 +1,53 @@
 """driver.py with the thin network as a program: NAME=VALUE sets a constant, then come the flags."""
 
 import ast
-import hashlib
 import sys
+import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs by its path, from anywhere
 
 import ray
-from conftest import THIN
 
 import driver
-import functions
+import results
+from tests.support import THIN, fingerprint
+
+PATIENT_FROM = 15  # the iteration from which on a lost worker is waited for
 
 
-def fingerprint(images, labels):
-    """A fingerprint of a multiset of images, each with its label."""
-    pairs = [
-        (hashlib.sha256(image.tobytes()).hexdigest(), int(y))
-        for image, y in zip(images, labels, strict=True)
-    ]
-    return hashlib.sha256(repr(sorted(pairs)).encode()).hexdigest()
+class Report(results.Report):
+    """Says what the object store holds every 10 iterations; goes slowly while a worker is missing."""
 
+    def __init__(self):
+        """Nothing is missing yet."""
+        super().__init__()
+        self.batches, self.missing = [], 0
 
-def print_fingerprint(self, batches, size, count, seed, iteration):
-    """Helpers.draw_minibatches, which prints what the object store holds every 10 iterations."""
-    if iteration % 10 == 0:
-        images = [image for batch in batches for image in ray.get(batch.images)]
-        labels = [label for batch in batches for label in ray.get(batch.labels)]
-        print(f"{len(images)} images: {fingerprint(images, labels)}")
-    return draw_minibatches(self, batches, size, count, seed, iteration)
+    def say(self, line):
+        """Print a line, and count the workers that are missing."""
+        super().say(line)
+        self.missing += (" is lost (" in line) - (" is back: " in line)
 
+    def start(self, iteration, batches, mean):
+        """Keep the batches."""
+        super().start(iteration, batches, mean)
+        self.batches = batches
 
-def update_all_weights(self, iteration, weightref):
-    """Workers.update_weights, which waits until all workers are up once, at iteration ALL_UP_AT."""
-    while iteration == driver.ALL_UP_AT and self._starting:
-        self._admit(timeout=60)
-    update_weights(self, iteration, weightref)
+    def iteration(self, iteration, *numbers):
+        """Print a fingerprint of all images every 10 iterations; give a new worker time to come."""
+        super().iteration(iteration, *numbers)
+        if iteration % 10 == 0:
+            pairs = (ray.get([batch.images, batch.labels]) for batch in self.batches)
+            print(fingerprint(pairs), flush=True)
+        if self.missing and iteration >= PATIENT_FROM:
+            time.sleep(1)
 
-
-draw_minibatches = functions.Helpers.draw_minibatches
-update_weights = functions.Workers.update_weights
 
 if __name__ == "__main__":
-    functions.Helpers.draw_minibatches = print_fingerprint
-    functions.Workers.update_weights = update_all_weights
-    driver.ALL_UP_AT = None
     driver.LAYERS, driver.NUM_CLASSES, driver.ACCURACY_EVERY = THIN, 10, 5
     driver.PRECISION = "float32"  # on any CPU
     settings = [argument for argument in sys.argv[1:] if argument.split("=")[0].isupper()]
     for name, value in (setting.split("=", 1) for setting in settings):
         setattr(driver, name, ast.literal_eval(value))
-    sys.exit(driver.main(sys.argv[1 + len(settings) :]))
+    sys.exit(driver.main(sys.argv[1 + len(settings) :], report=Report()))
