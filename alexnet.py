@@ -87,7 +87,8 @@ def initial_weights(layers, num_classes, std, rng):
 def keep_memory():
     """Have malloc keep what is freed for the next step instead of giving it back to the system.
 
-    A step takes and frees some 500 MB; new pages for it can cost more than what is computed on them.
+    A step takes and frees some 500 MB. With mini-batches of 128, this gains 3% of a step; with 20 it
+    gains nothing (`benchmarks/step.py --mini-batch 128`, with and without it).
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
@@ -203,21 +204,13 @@ class AlexNet:
         graph.finalize()
 
     def weights(self, precision="float32"):
-        """The 16 weights in a precision, bfloat16 as its bits (see `as_bits`).
-
-        In the network's own precision they are read-only views of its variables, which cost nothing;
-        a variable that changes while a view of it is held is copied first.
-        """
-        self.sess.run(self._show[precision])
-        shown, self._shown = self._shown, None
-        for array in shown:
-            array.flags.writeable = False
-        return as_bits(shown)
+        """A copy of the 16 weights in a precision, bfloat16 as its bits (see `as_bits`)."""
+        return as_bits(self.sess.run(self.in_precision[precision]))
 
     def update_weights(self, weights):
         """Take new weights of this network's precision, bfloat16 as its bits.
 
-        TensorFlow uses aligned arrays in place, read-only ones too.
+        TensorFlow computes on aligned arrays where they lie, on read-only ones too.
         """
         pairs = list(zip(self.placeholders, weights, strict=True))
         self.sess.run(self.assignment, {p: w.view(p.dtype.as_numpy_dtype) for p, w in pairs})
@@ -276,11 +269,8 @@ class AlexNet:
             tf.get_variable(name, shape, precision, tf.zeros_initializer(), use_resource=True)
             for name, shape in zip(names, shapes, strict=True)
         ]
-        # A session copies the variables that it fetches, on one thread; a function gets to see them.
-        self._show = {
-            precision: tf.numpy_function(
-                self._see, [tf.cast(v, precision) for v in self.parameters], []
-            )
+        self.in_precision = {
+            precision: [tf.cast(v, precision) for v in self.parameters]
             for precision in ("float32", "bfloat16")
         }
         pairs = zip(self.placeholders, self.parameters, strict=True)
@@ -303,6 +293,3 @@ class AlexNet:
                 self.parameters, self.placeholders, self.learning_rate
             )
         self._state = {v.op.name: v for v in [*self.parameters, *kept]}
-
-    def _see(self, *arrays):
-        self._shown = arrays

@@ -423,7 +423,9 @@ class SignalWhileLoading(results.Report):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_while_loading_stops_at_once(thin, cluster, small, capsys, number, status):
+    before = signal.getsignal(number)
     assert driver.main([*small, "--iterations", "3"], report=SignalWhileLoading(number)) == status
+    assert signal.getsignal(number) == before  # it leaves no handler of its own
     out, err = capsys.readouterr()
     assert "Loading" in out and "Shuffle" not in out and err == ""
 
