@@ -5,7 +5,6 @@ operations are built once and the graph is frozen, so that no step can make it g
 """
 
 import contextlib
-import ctypes
 import os
 
 import numpy as np
@@ -78,22 +77,8 @@ def initial_weights(layers, num_classes, std, rng):
         return [rng.normal(scale=std, size=shape).astype(np.float32) for shape in shapes]
     stds = [np.sqrt(2 / np.prod(shape[:-1])) if len(shape) > 1 else 0.0 for shape in shapes]
     stds[-2] = 0.01
-    return [
-        rng.standard_normal(shape, np.float32) * np.float32(s)
-        for shape, s in zip(shapes, stds, strict=True)
-    ]
-
-
-def keep_memory():
-    """Have malloc keep what is freed for the next step instead of giving it back to the system.
-
-    A step takes and frees some 500 MB. With mini-batches of 128, this gains 3% of a step; with 20 it
-    gains nothing (`benchmarks/step.py --mini-batch 128`, with and without it).
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no memory outside the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays
+    pairs = zip(shapes, stds, strict=True)
+    return [rng.standard_normal(shape, np.float32) * np.float32(std) for shape, std in pairs]
 
 
 def as_bits(arrays):
@@ -269,10 +254,8 @@ class AlexNet:
             tf.get_variable(name, shape, precision, tf.zeros_initializer(), use_resource=True)
             for name, shape in zip(names, shapes, strict=True)
         ]
-        self.in_precision = {
-            precision: [tf.cast(v, precision) for v in self.parameters]
-            for precision in ("float32", "bfloat16")
-        }
+        kinds = "float32", "bfloat16"
+        self.in_precision = {kind: [tf.cast(v, kind) for v in self.parameters] for kind in kinds}
         pairs = zip(self.placeholders, self.parameters, strict=True)
         self.assignment = tf.group(*(v.assign(p, read_value=False) for p, v in pairs))
 
@@ -289,7 +272,6 @@ class AlexNet:
         self.compgrads = list(zip(gradients, self.parameters, strict=True))
         kept = []
         if self.rule:
-            self.application, kept = self.rule.build(
-                self.parameters, self.placeholders, self.learning_rate
-            )
+            step = self.parameters, self.placeholders, self.learning_rate
+            self.application, kept = self.rule.build(*step)
         self._state = {v.op.name: v for v in [*self.parameters, *kept]}

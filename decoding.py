@@ -161,9 +161,8 @@ def decode_image(data, size):
         h, w, space, _ = simplejpeg.decode_jpeg_header(data)
         if space in ("YCbCr", "RGB", "Gray") and h * w <= MAX_PIXELS:
             # min_factor=2: only halving while decoding is fast (and never below the size wanted).
-            pixels = simplejpeg.decode_jpeg(
-                data, "RGB", min_height=height, min_width=width, min_factor=2
-            )
+            least = {"min_height": height, "min_width": width}
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_factor=2, **least)
             if h >= height and w >= width:
                 return _shrink(pixels, size)
             return _resize(Image.fromarray(pixels), size)
@@ -192,8 +191,7 @@ def _shrink(pixels, size):
 
 
 def _resize(image, size):
-    height, width = size
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 def _decode_with_pillow(data, size):

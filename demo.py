@@ -45,9 +45,8 @@ def main():
             return driver.returncode
     last = np.mean(accuracies[-3:])
     learned = last >= 5 * CHANCE
-    print(
-        f"The last three accuracies average {last:.1%}; chance is {CHANCE:.0%}, 5 times that is needed"
-    )
+    needed = f"chance is {CHANCE:.0%}, 5 times that is needed"
+    print(f"The last three accuracies average {last:.1%}; {needed}")
     print("The demo has learned" if learned else "The demo has NOT learned")
     return 0 if learned else 1
 

@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 import alexnet
+import cluster
 import functions
 import imagenet
 import results
@@ -64,23 +65,22 @@ def train(args, stop, report, actor, can_grow):
     start.must_match(constants, ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS"], say)
 
     # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
-    options = workers.data_task_options()
+    options = cluster.data_task_options()
     training = load(bucket, args.key_prefix, args.label_file, say, options)
     start.must_match(source := training.source, ["tars", "labels"], say)
     held_out = load(bucket, args.val_prefix, args.val_label_file, say, options)
 
     # ---- AlexNet: one network in each worker, and the local one, which is trained
     resources = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-    num_workers = NUM_WORKERS or max(1, workers.room_for_workers(**resources))
+    num_workers = NUM_WORKERS or max(1, cluster.room_for_workers(**resources))
     mini_batches = start.mini_batches or num_workers
     count = min(num_workers, mini_batches)
-    precision = PRECISION or start.precision or workers.fastest_precision(GPUS_PER_WORKER)
+    precision = PRECISION or start.precision or cluster.fastest_precision(GPUS_PER_WORKER)
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
-    helpers = workers.Helpers()
+    helpers = cluster.Helpers()
     pool = workers.Workers(
         count, resources, network, precision, helpers, WORKER_TIMEOUT, report, can_grow, actor
     )
-    alexnet.keep_memory()
     rule = alexnet.Momentum(LEARNING_RATE, LEARNING_RATE_DROPS, MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
     local = alexnet.AlexNet(**network, rule=rule)
     rng = functions.generator(SEED, "initial weights")
@@ -151,7 +151,7 @@ def load(bucket, prefix, label_file, say, options):
         return None
     tars, others = imagenet.list_tars(bucket, prefix)
     say(f"s3://{bucket}/{prefix}*: {len(tars)} tars, {others} other keys left out")
-    say(workers.memory_needed(imagenet.estimate_images(bucket, tars)))
+    say(cluster.memory_needed(imagenet.estimate_images(bucket, tars)))
     # One remote task a tar downloads and decodes it into the object store.
     size = [imagenet.IMAGE_SIZE, imagenet.IMAGE_SIZE]
     loaded = imagenet.load_tarfiles_from_s3(bucket, tars, size, **options)
@@ -184,11 +184,9 @@ def explain(error):
     """The one line that a user needs of an error: its own, or that of the remote cause."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
-        return (
-            "a node's object store and disk are full: free the disk that Ray spills to, "
-            "add nodes, or train on fewer tars (--key-prefix)"
-        )
-    if isinstance(cause, imagenet.InputError | workers.WorkerError):
+        hint = "free the disk that Ray spills to, add nodes, or train on fewer tars (--key-prefix)"
+        return f"a node's object store and disk are full: {hint}"
+    if isinstance(cause, imagenet.InputError | cluster.ClusterError):
         return str(cause)
     raise error
 
@@ -225,16 +223,19 @@ def main(argv=None, report=None, actor=functions.Worker):
     stop, own_ray = Stop(report.say), not ray.is_initialized()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        can_grow = workers.connect()  # a step that is not interrupted: Ray can crash
+        can_grow = cluster.connect()  # a step that is not interrupted: Ray can crash
         for number in handlers:
             signal.signal(number, stop)  # again: Ray's start sets a handler of its own
         stop.at_once = True
         if stop.signum:
             raise KeyboardInterrupt
         train(args, stop, report, actor, can_grow)
-    except KeyboardInterrupt:
-        stop.signum = stop.signum or signal.SIGINT
-    except (imagenet.InputError, workers.WorkerError, RayError) as error:
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ) as end:  # the latter: Ray while it starts
+        stop.signum = stop.signum or getattr(end, "code", signal.SIGINT)
+    except (imagenet.InputError, cluster.ClusterError, RayError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     finally:

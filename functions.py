@@ -282,7 +282,6 @@ class Worker:
     def __init__(self, network):
         import alexnet  # here, so that data tasks and helpers start without TensorFlow
 
-        alexnet.keep_memory()
         self.network = alexnet.AlexNet(**network)
         self.iteration = None
 

@@ -71,10 +71,8 @@ def find_tars(source):
         images = [image for f in folders for image in folder_images(f, f.name)]
         tars["val"] = val_tars(images or folder_images(source / "val"), source)
     if not tars:
-        raise InputError(
-            f"{source}: nothing to stage: no {TRAIN}.tar, {VAL}.tar, train/nXXXXXXXX/*.JPEG or "
-            "val/nXXXXXXXX/*.JPEG"
-        )
+        known = f"{TRAIN}.tar, {VAL}.tar, train/nXXXXXXXX/*.JPEG or val/nXXXXXXXX/*.JPEG"
+        raise InputError(f"{source}: nothing to stage: no {known}")
     return tars
 
 
@@ -166,9 +164,8 @@ def ground_truth(folder):
     places = [folder / DEVKIT, folder / f"{DEVKIT}.tar.gz", folder / KAGGLE_TRUTH]
     place = next((place for place in places if place.exists()), None)
     if not place:
-        raise InputError(
-            f"{folder}: no ground truth of the validation images; put {DEVKIT}.tar.gz here"
-        )
+        missing = "no ground truth of the validation images"
+        raise InputError(f"{folder}: {missing}; put {DEVKIT}.tar.gz here")
     try:
         truth = _kaggle_truth(place) if place.name == KAGGLE_TRUTH else _devkit_truth(place)
     except Exception as error:  # a damaged file can raise anything from SciPy's reader

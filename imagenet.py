@@ -87,19 +87,15 @@ def explain(error):
     if isinstance(error, S3DownloadFailedError):  # it has another ETag than listed
         return "has changed since it was listed: start again with the new data"
     code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
-    hint = {
-        "NoSuchBucket": "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
-        "404": "there is no such key; check the flag that names it",
-        "NoSuchKey": "there is no such key; check the flag that names it",
-        "AccessDenied": "access denied; check the credentials and the bucket's policy",
-        "403": "access denied; check the credentials and the bucket's policy",
-    }.get(code)
-    if hint:
-        return hint
+    if code == "NoSuchBucket":
+        return "no such bucket; check its name, AWS_ENDPOINT_URL and the region"
+    if code in ("404", "NoSuchKey"):
+        return "there is no such key; check the flag that names it"
+    if code in ("403", "AccessDenied"):
+        return "access denied; check the credentials and the bucket's policy"
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        return (
-            f"{one_line(error)}; run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
+        hint = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return f"{one_line(error)}; {hint}"
     return one_line(error)
 
 
@@ -116,9 +112,12 @@ class S3Folder:
         with s3_errors(name):
             self.bucket = s3_resource(PATIENT).Bucket(name)
 
+    def _errors(self, name):
+        return s3_errors(self.bucket.name, self.prefix + name)
+
     def check_writable(self, name):
         """Raise InputError unless this file could be put: begins an upload and gives it up."""
-        with s3_errors(self.bucket.name, self.prefix + name):
+        with self._errors(name):
             target = s3_resource().Object(self.bucket.name, self.prefix + name)
             target.initiate_multipart_upload().abort()
 
@@ -130,7 +129,7 @@ class S3Folder:
 
     def upload(self, path, name):
         """Put a local file."""
-        with s3_errors(self.bucket.name, self.prefix + name):
+        with self._errors(name):
             self.bucket.upload_file(str(path), self.prefix + name, Config=PARTS)
 
     def upload_stream(self, stream, name, metadata):
@@ -138,29 +137,24 @@ class S3Folder:
 
         If reading raises, nothing is put. Threads may call this and `metadata` at the same time.
         """
-        with s3_errors(self.bucket.name, self.prefix + name):
-            self.bucket.meta.client.upload_fileobj(
-                stream,
-                self.bucket.name,
-                self.prefix + name,
-                ExtraArgs={"Metadata": metadata},
-                Config=PARTS,
-            )
+        with self._errors(name):
+            put, options = self.bucket.meta.client.upload_fileobj, {"Metadata": metadata}
+            put(stream, self.bucket.name, self.prefix + name, ExtraArgs=options, Config=PARTS)
 
     def metadata(self, name):
         """The metadata that a file was put with."""
-        with s3_errors(self.bucket.name, self.prefix + name):
+        with self._errors(name):
             head = self.bucket.meta.client.head_object
             return head(Bucket=self.bucket.name, Key=self.prefix + name)["Metadata"]
 
     def download(self, name, path):
         """Get a file."""
-        with s3_errors(self.bucket.name, self.prefix + name):
+        with self._errors(name):
             self.bucket.download_file(self.prefix + name, str(path), Config=PARTS)
 
     def delete(self, name):
         """Delete a file."""
-        with s3_errors(self.bucket.name, self.prefix + name):
+        with self._errors(name):
             self.bucket.Object(self.prefix + name).delete()
 
 
@@ -199,10 +193,9 @@ def list_tars(bucket, prefix):
         tars = [Tar(obj.key, obj.e_tag, obj.size) for obj in listed if obj.key.endswith(".tar")]
         if not tars:
             keys = [obj.key for obj in listed[:3]] or [obj.key for obj in objects.limit(3)]
-            raise InputError(
-                f"s3://{bucket}: no key with the prefix {one_line(prefix)!r} ends in .tar; "
-                + (f"there are: {', '.join(map(one_line, keys))}" if keys else "the bucket is empty")
-            )
+            there = f"there are: {', '.join(map(one_line, keys))}" if keys else "the bucket is empty"
+            missing = f"no key with the prefix {one_line(prefix)!r} ends in .tar"
+            raise InputError(f"s3://{bucket}: {missing}; {there}")
     return tars, len(listed) - len(tars)
 
 
@@ -324,20 +317,14 @@ def parse_labels(data, num_classes, place):
         if not line.strip():
             continue
         path, *rest = line.split()
-        name = posixpath.basename(path)
+        name, here = posixpath.basename(path), f"{place}, line {number}"
         if not name or len(rest) != 1:
-            raise InputError(
-                f"{place}, line {number}: not `directory/name.JPEG label`: {shorten(line)}"
-            )
+            raise InputError(f"{here}: not `directory/name.JPEG label`: {shorten(line)}")
         label = rest[0]
         if not (re.fullmatch("[0-9]{1,9}", label) and int(label) < num_classes):
-            raise InputError(
-                f"{place}, line {number}: label {shorten(label)} is no integer in 0..{num_classes - 1}"
-            )
+            raise InputError(f"{here}: label {shorten(label)} is no integer in 0..{num_classes - 1}")
         if labels.setdefault(name, int(label)) != int(label):
-            raise InputError(
-                f"{place}, line {number}: {shorten(name)} already has label {labels[name]}"
-            )
+            raise InputError(f"{here}: {shorten(name)} already has label {labels[name]}")
     if not labels:
         raise InputError(f"{place}: holds no label; is it a label file?")
     return labels

@@ -256,16 +256,14 @@ def _save_model(folder, network, mean):
     top, left = (slice(margin, margin + CROP_SIZE) for margin in margins)
     with tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as sess:
         images = tf.placeholder(tf.uint8, [None, *mean.shape], "images")
-        parameters = [
-            tf.get_variable(v.op.name, v.shape, use_resource=True) for v in network.parameters
-        ]
+        given = network.parameters
+        parameters = [tf.get_variable(v.op.name, v.shape, use_resource=True) for v in given]
         centred = tf.cast(images[:, top, left], tf.float32) - mean[top, left]
         probabilities = tf.nn.softmax(forward(centred, parameters, network.layers))
         for variable, weight in zip(parameters, network.weights(), strict=True):
             variable.load(weight, sess)
-        tf.saved_model.simple_save(
-            sess, str(folder), {"images": images}, {"probabilities": probabilities}
-        )
+        outputs = {"probabilities": probabilities}
+        tf.saved_model.simple_save(sess, str(folder), {"images": images}, outputs)
 
 
 @contextlib.contextmanager

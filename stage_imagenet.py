@@ -165,9 +165,8 @@ def stage(source, url, side):
     ours = {key for keys in tars.values() for key in keys}
     directories = {key.partition("/")[0] for key in ours}
     if others := {key for key in there if key.partition("/")[0] in directories} - ours:
-        print(
-            f"Not of {source}, but there: {folder.prefix}{one_line(min(others))}, {len(others)} in all"
-        )
+        first = f"{folder.prefix}{one_line(min(others))}"
+        print(f"Not of {source}, but there: {first}, {len(others)} in all")
     prefix = shlex.quote(folder.prefix) if folder.prefix else ""
     flags = f"--s3-bucket {folder.bucket.name}"
     if "train" in tars:
@@ -180,19 +179,11 @@ def stage(source, url, side):
 def main(argv=None):
     """Stage as the command line says. Returns the exit status: 0, 2 (unusable input), 130."""
     parser = argparse.ArgumentParser(description="Put ImageNet into an S3 bucket, for driver.py.")
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        type=Path,
-        help="official tar, or folder of these or of train/, val/",
-    )
+    what = "official tar, or folder of these or of train/, val/"
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=what)
     parser.add_argument("url", metavar="s3://bucket[/prefix]", help="where to put it")
-    parser.add_argument(
-        "--resize",
-        type=int,
-        metavar="SIDE",
-        help="make images SIDE x SIDE pixels (the driver uses 256)",
-    )
+    what = "make images SIDE x SIDE pixels (the driver uses 256)"
+    parser.add_argument("--resize", type=int, metavar="SIDE", help=what)
     args = parser.parse_args(argv)
     if args.resize is not None and not 1 <= args.resize <= 1024:
         parser.error("--resize must be 1 to 1024")

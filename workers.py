@@ -1,204 +1,29 @@
-"""What the driver does to run its workers: the cluster and its room, the pool of workers and what
-replaces the lost, the mean of their gradients, and how large objects travel between nodes."""
+"""The workers of a run, as the driver sees them: the pool that shares out an iteration's requests and
+replaces the lost, and the mean of the gradients."""
 
 import itertools
-import json
 import math
 import os
 import time
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
-from pathlib import Path
 
 import cv2
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
-from ray.experimental import get_object_locations
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from functions import (
-    CPU_SLICE,
-    Helper,
-    Worker,
-    aligned_empty,
-    as_float32,
-    generator,
-    multiplies_bfloat16,
-    random_batch,
-)
-from imagenet import IMAGE_SIZE
+from cluster import ClusterError, room_for_workers
+from functions import CPU_SLICE, Worker, aligned_empty, as_float32, generator
 
 SLICES_LEFT_FREE = 2  # of the CPUs that a worker uses, for data tasks and a helper beside it
-
-CARRIED_MODULES = ("alexnet", "decoding", "functions", "imagenet")  # what runs on other nodes
 
 CRASHES_IN_A_ROW = 3  # of one request, or of workers that start, before the run gives up
 
 VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
 
 BLOCK = 2**19  # floats that are computed on at once: a few such blocks stay in the cache
-
-
-class WorkerError(Exception):
-    """Workers that cannot start or do not stay up. The message is one line."""
-
-
-# ---- the cluster and its room
-
-
-def connect(**start_options):
-    """Join the Ray cluster in RAY_ADDRESS or the one running here (True), or else start one (False).
-
-    The runtime environment carries the project's modules to every node, and nothing else; none if this
-    is a Ray job whose working directory brings them. `start_options` are for a cluster that it starts.
-    """
-    if ray.is_initialized():
-        return True
-    here = Path(__file__).resolve().parent
-    modules = [str(here / f"{name}.py") for name in CARRIED_MODULES]
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    brought = "working_dir" in job and here == Path.cwd()
-    options = {"logging_level": "ERROR", "log_to_driver": False}
-    options["runtime_env"] = {} if brought else {"py_modules": modules}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address != "local":  # Ray's word for a cluster of one's own
-            ray.init("auto", **options)
-            return True
-    except ConnectionError as error:
-        if address:
-            hint = "check it, and that RAY_AUTH_MODE and the token are the cluster's"
-            raise WorkerError(f"no Ray cluster answers at RAY_ADDRESS={address}: {hint}") from error
-    ray.init("local", include_dashboard=False, **options, **start_options)
-    return False
-
-
-def nodes_alive():
-    """The cluster's nodes that are alive, as Ray describes them."""
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def on_node(node):
-    """Ray's strategy to place a task or an actor on a node, or elsewhere if that node is gone."""
-    return NodeAffinitySchedulingStrategy(node, soft=True)
-
-
-def data_task_options():
-    """Ray options of a data task: a slice of a CPU, and memory for at most two tasks a CPU."""
-    nodes = [node["Resources"] for node in nodes_alive()]
-    shares = [n["memory"] / n["CPU"] / 2 for n in nodes if n.get("CPU") and n.get("memory")]
-    return {"num_cpus": CPU_SLICE, "memory": int(min(shares, default=0))}
-
-
-def room_for_workers(cpus, gpus):
-    """How many workers of so many CPUs and GPUs the nodes of the cluster hold together."""
-    nodes = [node["Resources"] for node in nodes_alive()]
-    by_cpu = [int(node.get("CPU", 0) // cpus) for node in nodes]
-    by_gpu = [
-        int(node.get("GPU", 0) // gpus) if gpus else n for node, n in zip(nodes, by_cpu, strict=True)
-    ]
-    return sum(map(min, by_cpu, by_gpu))
-
-
-def fastest_precision(gpus):
-    """The precision in which the cluster's workers are fastest, "bfloat16" or "float32".
-
-    bfloat16 where every node's CPU multiplies in it; on GPUs, float32.
-    """
-    if gpus:
-        return "float32"
-    ask = ray.remote(num_cpus=0)(multiplies_bfloat16)
-    here = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in nodes_alive() if node["NodeID"] != here]
-    answers = [ask.options(scheduling_strategy=on_node(node)).remote() for node in others]
-    return "bfloat16" if all([multiplies_bfloat16(), *ray.get(answers)]) else "float32"
-
-
-def memory_needed(images):
-    """A line that says what decoded images take of memory, and of disk if the stores are too small."""
-    store = ray.cluster_resources().get("object_store_memory", 0)
-    pixels = images * IMAGE_SIZE * IMAGE_SIZE * 3
-    text = f"About {images} images: {pixels / 1e9:.1f} GB decoded"
-    text += f", the object stores hold {store / 1e9:.1f} GB"
-    if pixels > store:
-        text += f": {(pixels - store) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
-    return text
-
-
-# ---- where large objects lie, and how they travel
-
-
-class Helpers:
-    """One Helper on each node that needs one, so that large objects are used where they lie."""
-
-    def __init__(self):
-        """Start none yet."""
-        self.here = ray.get_runtime_context().get_node_id()
-        self._on = {}  # node id -> Helper
-
-    def at(self, refs):
-        """The Helper of each object: on a node that holds it, or on this node if Ray knows of none."""
-        places = get_object_locations(refs)
-        return [self.on((*places[ref]["node_ids"], self.here)[0]) for ref in refs]
-
-    def on(self, node):
-        """The helper on a node."""
-        if node not in self._on:
-            self._on[node] = Helper.options(scheduling_strategy=on_node(node)).remote()
-        return self._on[node]
-
-    def draw_minibatches(self, batches, size, count, seed, iteration):
-        """References to an iteration's `count` mini-batches, each `size` images of a random batch."""
-        chosen = [random_batch(batches, seed, "batch", iteration, index) for index in range(count)]
-        helpers = self.at([batch.images for batch in chosen])
-        keys = [(seed, "crop", iteration, index) for index in range(count)]
-        return [
-            helper.draw_minibatch.remote(batch.images, batch.labels, size, key)
-            for helper, batch, key in zip(helpers, chosen, keys, strict=True)
-        ]
-
-    def draw_sample(self, batches, size, seed, iteration):
-        """A reference to at most `size` images of a random batch, for an accuracy."""
-        batch = random_batch(batches, seed, "accuracy", iteration)
-        (helper,) = self.at([batch.images])
-        return helper.draw_sample.remote(batch.images, batch.labels, size)
-
-    def pass_on(self, ref, nodes):
-        """Start to copy an object from this node to others, in rounds.
-
-        The first round has one copy. Each later round has as many copies as nodes hold the object by
-        then, since Ray copies from any of them. So this node sends about one copy a round, instead of
-        one a node. To 7 nodes over links of 1 Gbit/s, 250 MB take 10 s instead of 24
-        (`benchmarks/links.py`). Returns a dict of node -> reference that resolves once the object is
-        there; None for this node.
-        """
-        arrived, before = {self.here: None}, []
-        rest = [node for node in nodes if node != self.here]
-        while rest:
-            now, rest = rest[: len(arrived)], rest[len(arrived) :]
-            before = [self.on(node).fetch.remote([ref], *before) for node in now]
-            arrived |= zip(now, before, strict=True)
-        return arrived
-
-    def add_gradients(self, gradients, nodes):
-        """Sets of gradients, given as references, added up to one or two sets, returned as arrays.
-
-        `nodes` names the node on which each set lies. Sets are added two by two in the order of the
-        list. This tree is fixed, so that the floats are the same wherever the sets lie. Each sum is
-        formed on the node of its second part. If the sets of this node come first in the list, at most
-        one set comes here from another node.
-        """
-        placed = list(zip(gradients, nodes, strict=True))
-        while len(placed) > 2 or (len(placed) == 2 and self.here not in (placed[0][1], placed[1][1])):
-            pairs = [placed[i : i + 2] for i in range(0, len(placed), 2)]
-            placed = [self._add(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-        return ray.get([gradients for gradients, _ in placed])
-
-    def _add(self, first, second):
-        (a, _), (b, node) = first, second
-        return self.on(node).add_gradients.remote(a, b), node
 
 
 def mean_of(sums, count, weights, decays, means):
@@ -232,8 +57,6 @@ def all_finite(arrays):
     return all(np.isfinite(as_float32(array)).all() for array in arrays)
 
 
-# ---- the workers
-
 # A call of a worker's method, which returns so many values; `then` takes the last one once it is there.
 Request = namedtuple("Request", "method arguments returns then", defaults=(1, lambda value: None))
 
@@ -254,7 +77,7 @@ class Workers:
     def __init__(
         self, count, resources, network, precision, helpers, timeout, report, can_grow, actor=Worker
     ):
-        """Start `count` workers; WorkerError if the cluster has no room for them and cannot grow.
+        """Start `count` workers; ClusterError if the cluster has no room for them and cannot grow.
 
         `resources` has the `cpus` and `gpus` of a worker, `network` AlexNet's layers and classes;
         `helpers` add the gradients; `timeout` bounds the seconds of one request; `report` is a
@@ -273,7 +96,7 @@ class Workers:
         self._starting = {}  # reference that resolves once it is up -> number, worker
         self._failed_starts = 0
         if (shortage := self._shortage()) and not can_grow:
-            raise WorkerError(f"{shortage}: lower NUM_WORKERS or add nodes")
+            raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
         for number in range(count):
             self._start(number)
 
@@ -309,7 +132,7 @@ class Workers:
             except RayActorError as error:
                 self._failed_starts += 1
                 if self._failed_starts == CRASHES_IN_A_ROW:
-                    raise WorkerError(f"workers do not start: {first_line(error)}") from error
+                    raise ClusterError(f"workers do not start: {first_line(error)}") from error
                 self._start(number)
             else:
                 self._failed_starts = 0
@@ -318,14 +141,14 @@ class Workers:
                     self._report.say(f"worker {number} is back: {len(self._up)} of {self.count} are up")
 
     def wait(self, seconds):
-        """Wait until all workers are up, at most `seconds`; WorkerError if they are not by then."""
+        """Wait until all workers are up, at most `seconds`; ClusterError if they are not by then."""
         deadline, announced = time.monotonic() + seconds, False
         while self._starting:
             self._admit(timeout=1)
             shortage = self._shortage()
             if self._starting and time.monotonic() > deadline:
                 up = f"only {len(self._up)} of {self.count} workers are up after {seconds} s"
-                raise WorkerError(f"{shortage or up}: lower NUM_WORKERS or add nodes")
+                raise ClusterError(f"{shortage or up}: lower NUM_WORKERS or add nodes")
             if shortage and not announced:
                 self._report.say(f"{shortage}: waiting up to {seconds} s for more nodes")
                 announced = True
@@ -393,7 +216,7 @@ class Workers:
                 norm = mean_of(sums, len(gradients), weights, decays, self._means)
                 if not math.isfinite(norm):
                     self._check([all_finite(ray.get(ref)) for ref in gradients], "gradient")
-                    raise WorkerError(f"iteration {iteration}: the gradients' sum is not finite")
+                    raise ClusterError(f"iteration {iteration}: the gradients' sum is not finite")
                 self._results = []  # their references would keep the gradients in the object store
                 return self._means, norm
             except (ObjectLostError, RayActorError, RayTaskError) as error:
@@ -402,13 +225,13 @@ class Workers:
                     raise
                 self._report.say(f"gradients are lost ({first_line(lost)}): they are computed again")
                 self._results = self._run(self._requests)
-        raise WorkerError(f"gradients were lost {CRASHES_IN_A_ROW} times in a row: {first_line(lost)}")
+        raise ClusterError(f"gradients were lost {CRASHES_IN_A_ROW} times in a row: {first_line(lost)}")
 
     def _check(self, finite, what):
-        """WorkerError if one of this iteration's mini-batches has given something not finite."""
+        """ClusterError if one of this iteration's mini-batches has given something not finite."""
         for index, result in enumerate(self._results):
             if not finite[index]:
-                raise WorkerError(
+                raise ClusterError(
                     f"iteration {self._weights[0]}: the {what} of mini-batch {index} is not finite, "
                     f"on worker {result.worker}: lower LEARNING_RATE"
                 )
@@ -423,7 +246,8 @@ class Workers:
         while waiting or running:
             self._admit(timeout=0 if self._up else self._timeout)
             if not self._up:
-                raise WorkerError(f"iteration {self._weights[0]}: no worker left, and none could start")
+                where = f"iteration {self._weights[0]}"
+                raise ClusterError(f"{where}: no worker left, and none could start")
             busy = {run.worker for run in running.values()}
             for number in [n for n in self._by_node() if n not in busy][: len(waiting)]:
                 request = waiting.popleft()
@@ -444,7 +268,7 @@ class Workers:
                     if crashes[request] == CRASHES_IN_A_ROW:
                         name = f"iteration {self._weights[0]}, {requests[request].method} {request}"
                         failed = f"{name}: {CRASHES_IN_A_ROW} workers failed: {why}"
-                        raise WorkerError(failed) from error
+                        raise ClusterError(failed) from error
                     waiting.appendleft(request)
                     self._replace(number, why)
         return results
@@ -475,6 +299,5 @@ def dropout_seed(seed, iteration, index):
 
 def first_line(error):
     """The first line of an error's message that says something."""
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -197,6 +197,7 @@ def first_losses(args):
     """The first float32 losses of driver.py, and those of one session on the same mini-batches."""
     import ray
 
+    import cluster
     import functions
     import workers
     from results import Report
@@ -213,7 +214,7 @@ def first_losses(args):
 
         def start(self, iteration, batches, mean):
             super().start(iteration, batches, mean)
-            self.batches, self.mean, self.helpers = batches, ray.get(mean), workers.Helpers()
+            self.batches, self.mean, self.helpers = batches, ray.get(mean), cluster.Helpers()
 
         def iteration(self, iteration, losses, *others):
             super().iteration(iteration, losses, *others)

@@ -57,6 +57,8 @@ def namespaces(count, rate):
     finally:
         for number in range(count):
             with contextlib.suppress(RuntimeError):
+                run(f"ip link del out{number}")
+            with contextlib.suppress(RuntimeError):
                 for pid in run(f"ip netns pids {namespace(number)}").split():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
@@ -81,12 +83,12 @@ def measure(megabytes, repeats):
     import numpy as np
     import ray
 
-    import workers
+    import cluster
 
     os.environ["RAY_ADDRESS"] = f"{NETWORK}.1:{PORT}"
-    workers.connect()
-    helpers = workers.Helpers()
-    others = [node["NodeID"] for node in workers.nodes_alive() if node["NodeID"] != helpers.here]
+    cluster.connect()
+    helpers = cluster.Helpers()
+    others = [node["NodeID"] for node in cluster.nodes_alive() if node["NodeID"] != helpers.here]
     ray.get([helpers.on(node).fetch.remote([]) for node in others])
     ways = {
         "passed on": lambda ref: [there for there in helpers.pass_on(ref, others).values() if there],

@@ -26,7 +26,7 @@ import ray
 from measuring import run_apart, spread, take_turns
 from PIL import Image
 
-import alexnet
+import cluster
 import decoding
 import driver
 import functions
@@ -79,7 +79,7 @@ def wait_for(loaded):
 
 def load_ours(tars):
     """As driver.py does."""
-    options = workers.data_task_options()
+    options = cluster.data_task_options()
     return wait_for(imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, **options))
 
 
@@ -111,7 +111,7 @@ def load_tar_as_written(tar, where):
 
 def load_as_written(tars):
     """The write-up's way, in the same kind of tasks as ours."""
-    where, load = imagenet.s3_location(), load_tar_as_written.options(**workers.data_task_options())
+    where, load = imagenet.s3_location(), load_tar_as_written.options(**cluster.data_task_options())
     return wait_for([load.remote(tar, where) for tar in tars])
 
 
@@ -223,7 +223,7 @@ def load_and_time(tar, where):
 
 def images_per_cpu_second_in_tasks(tars):
     """Images that our load tasks load in a CPU-second of theirs."""
-    where, load = imagenet.s3_location(), load_and_time.options(**workers.data_task_options())
+    where, load = imagenet.s3_location(), load_and_time.options(**cluster.data_task_options())
     images, seconds = zip(*ray.get([load.remote(tar, where) for tar in tars]), strict=True)
     return sum(images) / sum(seconds)
 
@@ -261,7 +261,7 @@ def idle():
 
 def peak_memory(tars):
     """MB that the task that loads a tar takes at its peak, above a worker that has done nothing."""
-    workers.connect(num_cpus=1)
+    cluster.connect(num_cpus=1)
     start = 0
     while not start:  # the worker may end before it is looked at
         start = measuring.private_memory(ray.get(idle.remote()))
@@ -307,7 +307,7 @@ def silent(*_):
 
 def load_and_shuffle(can_grow):
     """driver.py without networks, until its data is ready."""
-    options = workers.data_task_options()
+    options = cluster.data_task_options()
     training = driver.load(BUCKET, PREFIX, "train.txt", silent, options)
     batches = functions.match(training, silent, **options)
     del training  # as in driver.py
@@ -319,11 +319,10 @@ def start_workers(can_grow):
     """driver.py without data, until its networks are ready."""
     resources = {"cpus": driver.CPUS_PER_WORKER, "gpus": driver.GPUS_PER_WORKER}
     network = {"layers": driver.LAYERS, "num_classes": driver.NUM_CLASSES}
-    precision = driver.PRECISION or workers.fastest_precision(driver.GPUS_PER_WORKER)
-    count = driver.NUM_WORKERS or max(1, workers.room_for_workers(**resources))
-    options = workers.Helpers(), driver.WORKER_TIMEOUT, Report(), can_grow
+    precision = driver.PRECISION or cluster.fastest_precision(driver.GPUS_PER_WORKER)
+    count = driver.NUM_WORKERS or max(1, cluster.room_for_workers(**resources))
+    options = cluster.Helpers(), driver.WORKER_TIMEOUT, Report(), can_grow
     pool = workers.Workers(count, resources, network, precision, *options)
-    alexnet.keep_memory()
     local = measuring.driver_network()
     pool.wait(driver.WORKER_WAIT)
     return pool, local
@@ -331,7 +330,7 @@ def start_workers(can_grow):
 
 def connect_and(part):
     """Connect to a Ray, then do a part of driver.py. Returns the time then."""
-    done = part(workers.connect())
+    done = part(cluster.connect())
     end = time.monotonic()
     del done  # the end of workers takes time
     ray.shutdown()
@@ -397,7 +396,7 @@ def main():
         print_cells("", "ours", "other", "unit", "ratio", "target", "")
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
-        workers.connect(num_cpus=CPUS, _system_config=warm)
+        cluster.connect(num_cpus=CPUS, _system_config=warm)
         report(*speeds(tars, copies * len(photos), args.repeats))
         report(overhead(tars, photos, args.repeats))
         report(*resized(s3, photos, args.repeats))

@@ -75,8 +75,8 @@ def settled_counters():
 def measure(nodes, iterations):
     """Run driver.py on so many nodes of 2 workers; returns the number of the driver's node, and of each
     iteration the seconds and the bytes: [iterations] and [iterations, nodes, 2]."""
+    import cluster
     import driver
-    import workers
 
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.ACCURACY_EVERY = WORKERS * nodes, MINI_BATCH, 10**9
     driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = "float32", 0.0, 0.0
@@ -94,7 +94,7 @@ def measure(nodes, iterations):
         for _ in range(nodes - 1):
             cluster.add_node(**size)
         os.environ["RAY_ADDRESS"] = cluster.address
-        workers.connect()
+        cluster.connect()
         head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
         flags = ["--s3-bucket", "scaling", "--iterations", str(WARM_UP + iterations)]
         status = driver.main(flags, report=watch(stand_still), actor=Returner)

@@ -92,7 +92,6 @@ def session(pipe, rank, ports, mini_batch, precision, norm):
     """One TensorFlow session: gradients, weight decay and momentum in one graph, nothing fetched."""
     import alexnet
 
-    alexnet.keep_memory()
     table = layers(norm)
     with alexnet.tf.Graph().as_default():
         network = measuring.plain_network(table, precision)
@@ -109,7 +108,6 @@ def apart(pipe, rank, ports, mini_batch, precision, norm):
     """A worker's network on its own: gradients of the same weights again and again, not fetched."""
     import alexnet
 
-    alexnet.keep_memory()
     table = layers(norm)
     network = alexnet.AlexNet(table, threads=1, precision=precision)
     network.update_weights(initial_weights(table, precision))

@@ -16,6 +16,7 @@ import ray
 from measuring import NUM_CLASSES, WORKERS, Peer, initial_weights, serve, spread, take_turns, verdict
 
 import alexnet
+import cluster
 import functions
 import results
 import workers
@@ -27,7 +28,6 @@ GOAL = "<= 1.1"  # times the images over the forward rate
 
 def forward(pipe, rank, precision):
     """A process that runs as many forward passes as the pipe asks for."""
-    alexnet.keep_memory()
     network = alexnet.AlexNet(threads=1, precision=precision)
     network.update_weights(initial_weights(alexnet.LAYERS, precision))
     rng = np.random.default_rng(0)
@@ -39,9 +39,9 @@ def forward(pipe, rank, precision):
 def start_workers(precision):
     """Workers that are up and have weights."""
     os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
-    can_grow = workers.connect(num_cpus=WORKERS)
+    can_grow = cluster.connect(num_cpus=WORKERS)
     network = {"layers": alexnet.LAYERS, "num_classes": NUM_CLASSES}
-    run = {"helpers": workers.Helpers(), "timeout": 300, "report": results.Report()}
+    run = {"helpers": cluster.Helpers(), "timeout": 300, "report": results.Report()}
     share = {"cpus": 1, "gpus": 0}
     pool = workers.Workers(WORKERS, share, network, precision, **run, can_grow=can_grow)
     pool.wait(100)

@@ -173,12 +173,13 @@ def train(bucket, *options, **hooks):
 
 def two_workers(**actor):
     """A pool of two workers with the thin network, which are up; `actor` may be another class."""
+    import cluster
     import results
     import workers
 
     network, share = {"layers": THIN, "num_classes": 10}, {"cpus": 1, "gpus": 0}
     pool = workers.Workers(
-        *(2, share, network, "float32", workers.Helpers(), 100, results.Report(), False),
+        *(2, share, network, "float32", cluster.Helpers(), 100, results.Report(), False),
         **actor,
     )
     pool.wait(60)

@@ -42,9 +42,9 @@ def one_error(capsys, *arguments):
 # ---- S3 that cannot be read
 
 
-def test_a_process_says_one_line_and_ends_with_2(cluster):
+def test_a_process_says_one_line_and_ends_with_2(one_ray):
     command = [sys.executable, ROOT / "driver.py", "--s3-bucket", "no-such-bucket"]
-    environment = os.environ | {"RAY_ADDRESS": cluster}
+    environment = os.environ | {"RAY_ADDRESS": one_ray}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr == (
@@ -52,7 +52,7 @@ def test_a_process_says_one_line_and_ends_with_2(cluster):
     )
 
 
-def test_no_credentials(cluster, bucket, capsys, monkeypatch):
+def test_no_credentials(one_ray, bucket, capsys, monkeypatch):
     for name in [name for name in os.environ if name.startswith("AWS_") and "ENDPOINT" not in name]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
@@ -102,7 +102,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("status, code, why", ANSWERS)
-def test_bucket_is_refused(cluster, capsys, monkeypatch, status, code, why):
+def test_bucket_is_refused(one_ray, capsys, monkeypatch, status, code, why):
     with answering(status, code) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         line = one_error(capsys, "--s3-bucket", "theirs")
@@ -110,7 +110,7 @@ def test_bucket_is_refused(cluster, capsys, monkeypatch, status, code, why):
 
 
 @pytest.mark.timeout(60)
-def test_endpoint_that_refuses_connections(cluster, capsys, monkeypatch):
+def test_endpoint_that_refuses_connections(one_ray, capsys, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -136,20 +136,20 @@ def test_endpoint_that_never_answers(monkeypatch):
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "http://no such host"])
-def test_endpoint_that_is_no_url(cluster, capsys, monkeypatch, endpoint):
+def test_endpoint_that_is_no_url(one_ray, capsys, monkeypatch, endpoint):
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     line = one_error(capsys, "--s3-bucket", "b")
     assert line.startswith("error: s3://b: ") and endpoint in line
 
 
-def test_bucket_name_that_none_can_have(cluster, capsys, s3):
+def test_bucket_name_that_none_can_have(one_ray, capsys, s3):
     assert "s3://No Bucket: " in one_error(capsys, "--s3-bucket", "No Bucket")
 
 
 # ---- keys and labels
 
 
-def test_prefix_without_a_tar(cluster, s3, bucket, capsys):
+def test_prefix_without_a_tar(one_ray, s3, bucket, capsys):
     line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "nowhere/")
     assert (
         line
@@ -180,7 +180,7 @@ LABEL_FILES = {
 
 
 @pytest.mark.parametrize("data, why", LABEL_FILES.values(), ids=LABEL_FILES)
-def test_label_file(thin, cluster, s3, bucket, capsys, data, why):
+def test_label_file(thin, one_ray, s3, bucket, capsys, data, why):
     s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({"a.JPEG": photo()}))
     if data is not None:
         s3.put_object(Bucket=bucket, Key="labels/x.txt", Body=data)
@@ -290,7 +290,7 @@ def test_what_is_readable_of_a_tar_is_kept(tar, kept, why):
     assert f"{left_out[0][0]}: {left_out[0][1]}" == why
 
 
-def test_training_goes_on_with_what_is_usable(thin, cluster, s3, bucket, capsys):
+def test_training_goes_on_with_what_is_usable(thin, one_ray, s3, bucket, capsys):
     """The held-out set, too: it goes the same road."""
     bad = {f"{what}.JPEG": content for what, (content, _) in LEFT_OUT.items()}
     images, specials = dict(list(bad.items())[:-5]), dict(list(bad.items())[-5:])
@@ -338,7 +338,7 @@ def test_training_goes_on_with_what_is_usable(thin, cluster, s3, bucket, capsys)
 
 
 @pytest.mark.parametrize("name", ["unlabelled", "unreadable"])
-def test_nothing_usable_left(thin, cluster, s3, bucket, capsys, name):
+def test_nothing_usable_left(thin, one_ray, s3, bucket, capsys, name):
     content = {"unlabelled": photo(), "unreadable": b"no image"}[name]
     s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({f"{name}.JPEG": content}))
     s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n1/other.JPEG 1\nn1/unreadable.JPEG 2")
@@ -356,7 +356,7 @@ def test_nothing_usable_left(thin, cluster, s3, bucket, capsys, name):
         (["--val-prefix", "a", "--val-label-file", "other.txt"], "/a*: no image is readable and has a"),
     ],
 )
-def test_held_out_set_that_is_unusable(thin, cluster, s3, bucket, capsys, flags, message):
+def test_held_out_set_that_is_unusable(thin, one_ray, s3, bucket, capsys, flags, message):
     s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({"a.JPEG": photo()}))
     for key, line in {"train.txt": "a.JPEG 1", "val.txt": "a.JPEG 99", "other.txt": "b.JPEG 1"}.items():
         s3.put_object(Bucket=bucket, Key=key, Body=line.encode())
@@ -364,7 +364,7 @@ def test_held_out_set_that_is_unusable(thin, cluster, s3, bucket, capsys, flags,
     assert line.startswith(f"error: s3://{bucket}{message}")
 
 
-def test_places_for_results_that_are_unusable(cluster, s3, bucket, capsys, tmp_path):
+def test_places_for_results_that_are_unusable(one_ray, s3, bucket, capsys, tmp_path):
     """Each is told before anything is loaded."""
     (tmp_path / "file").write_text("of someone else")
     for flags, message in (
@@ -397,7 +397,7 @@ def small(s3, bucket):
     return ["--s3-bucket", bucket, "--key-prefix", ""]
 
 
-def test_more_workers_than_a_growing_cluster_gets_room_for(thin, cluster, small, capsys, monkeypatch):
+def test_more_workers_than_a_growing_cluster_gets_room_for(thin, one_ray, small, capsys, monkeypatch):
     monkeypatch.setattr(thin, "NUM_WORKERS", 2)
     monkeypatch.setattr(thin, "CPUS_PER_WORKER", 3)
     monkeypatch.setattr(thin, "WORKER_WAIT", 2)
@@ -422,7 +422,7 @@ class SignalWhileLoading(results.Report):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_while_loading_stops_at_once(thin, cluster, small, capsys, number, status):
+def test_signal_while_loading_stops_at_once(thin, one_ray, small, capsys, number, status):
     before = signal.getsignal(number)
     assert driver.main([*small, "--iterations", "3"], report=SignalWhileLoading(number)) == status
     assert signal.getsignal(number) == before  # it leaves no handler of its own

@@ -57,7 +57,7 @@ class Watcher(results.Report):
 
 
 def test_every_image_is_there_once_after_loading_and_shuffling(
-    thin, cluster, s3, bucket, monkeypatch, capsys
+    thin, one_ray, s3, bucket, monkeypatch, capsys
 ):
     """Each image has a label of its own: labels are file identities; its colour proves the pixels."""
     files = {f"n{i}.JPEG": jpeg(Image.new("RGB", (300, 260), (i, 255 - i, 2 * i))) for i in range(35)}
@@ -80,7 +80,7 @@ def test_every_image_is_there_once_after_loading_and_shuffling(
 
 
 def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
-    thin, cluster, photos, tmp_path, monkeypatch
+    thin, one_ray, photos, tmp_path, monkeypatch
 ):
     for name, value in {
         "LEARNING_RATE": 0.5,
@@ -100,7 +100,7 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
 
 
 def test_weights_are_broadcast_once_an_iteration_and_a_bucket_is_listed_once(
-    thin, cluster, photos, tmp_path, monkeypatch
+    thin, one_ray, photos, tmp_path, monkeypatch
 ):
     """Also where an iteration is validated and where the run ends."""
     monkeypatch.setattr(thin, "VALIDATE_EVERY", 2)
@@ -119,7 +119,7 @@ def test_weights_are_broadcast_once_an_iteration_and_a_bucket_is_listed_once(
 
 
 @pytest.fixture(scope="module")
-def finished(cluster, photos, tmp_path_factory):
+def finished(one_ray, photos, tmp_path_factory):
     """Output and folder of a run of three iterations that leaves all it can behind."""
     folder = tmp_path_factory.mktemp("finished")
     flags = ["--checkpoint-dir", folder / "saved", "--log-dir", folder / "curves", *VALIDATED]
@@ -230,7 +230,7 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
 
 
 def test_a_second_run_gives_the_same_bits_with_gpus_too(
-    thin, cluster, photos, finished, tmp_path, monkeypatch
+    thin, one_ray, photos, finished, tmp_path, monkeypatch
 ):
     """The session's Ray counts GPUs that are none: TensorFlow goes on with the CPU."""
     monkeypatch.setattr(thin, "GPUS_PER_WORKER", 1)
@@ -238,14 +238,14 @@ def test_a_second_run_gives_the_same_bits_with_gpus_too(
     assert checksums(tmp_path) == checksums(finished[1] / "saved")
 
 
-def test_another_seed_gives_other_bits(thin, cluster, photos, finished, tmp_path, monkeypatch):
+def test_another_seed_gives_other_bits(thin, one_ray, photos, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(thin, "SEED", 1)
     assert train(photos, "--iterations", 3, "--checkpoint-dir", tmp_path) == 0
     assert not set(checksums(tmp_path).values()) & set(checksums(finished[1] / "saved").values())
 
 
 def test_another_seed_is_refused_before_anything_is_loaded(
-    thin, cluster, photos, finished, monkeypatch, capsys
+    thin, one_ray, photos, finished, monkeypatch, capsys
 ):
     monkeypatch.setattr(thin, "SEED", 1)
     assert train(photos, "--iterations", 4, "--checkpoint-dir", finished[1] / "saved") == 2
@@ -260,7 +260,7 @@ from pathlib import Path
 import ray
 import driver, workers
 
-assert workers.connect()
+assert cluster.connect()
 checkout = Path(driver.__file__).resolve().parent
 checkout.rename(checkout.with_name("gone"))  # from here on, no node can see it
 
@@ -274,7 +274,7 @@ print(*ray.get(carried.remote()), sep="\\n")
 """
 
 
-def test_modules_and_nothing_else_reach_nodes_without_the_checkout(cluster, tmp_path):
+def test_modules_and_nothing_else_reach_nodes_without_the_checkout(one_ray, tmp_path):
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for module in ROOT.glob("*.py"):
@@ -285,7 +285,7 @@ def test_modules_and_nothing_else_reach_nodes_without_the_checkout(cluster, tmp_
     output = subprocess.run(
         [sys.executable, "-c", BEHIND_THE_CHECKOUT],
         cwd=checkout,
-        env=os.environ | {"RAY_ADDRESS": cluster},
+        env=os.environ | {"RAY_ADDRESS": one_ray},
         capture_output=True,
         text=True,
         timeout=120,

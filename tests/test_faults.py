@@ -32,7 +32,7 @@ NO_DASHBOARD = {"include_dashboard": False}  # no test here looks at it
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, photos, tmp_path_factory):
+def undisturbed(one_ray, photos, tmp_path_factory):
     """Checksums after ITERATIONS of a run that nothing disturbs, with 2 mini-batches an iteration."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +95,7 @@ class WorkerFaults(results.Report):
         self.faults.pop((self.now, moment), lambda: None)()
 
 
-def test_workers_killed_and_hanging(thin, cluster, photos, undisturbed, tmp_path, monkeypatch, capsys):
+def test_workers_killed_and_hanging(thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(thin, "WORKER_TIMEOUT", 6)
     stopped, threads = [], []
 
@@ -141,7 +141,7 @@ class OnIteration(results.Report):
             self.act()
 
 
-def test_crashes_in_a_row_end_the_run_with_one_line(thin, cluster, photos, tmp_path, capsys):
+def test_crashes_in_a_row_end_the_run_with_one_line(thin, one_ray, photos, tmp_path, capsys):
     ended = threading.Event()
 
     def kill_all():
@@ -159,7 +159,7 @@ def test_crashes_in_a_row_end_the_run_with_one_line(thin, cluster, photos, tmp_p
     assert re.fullmatch("error: .*\n", capsys.readouterr().err)
 
 
-def test_loss_that_is_not_finite_ends_the_run(thin, cluster, photos, tmp_path, monkeypatch, capsys):
+def test_loss_that_is_not_finite_ends_the_run(thin, one_ray, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(thin, "LEARNING_RATE", 1e30)
     monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 1)
     assert train_here(photos, tmp_path) == 2
@@ -249,10 +249,10 @@ def test_nodes_killed_in_training_and_one_cannot_come_back_for_a_while(
 
 
 def test_driver_killed_resumes_to_the_same_weights(
-    thin, cluster, photos, undisturbed, tmp_path, monkeypatch, capsys
+    thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys
 ):
     for moment in ("Loading: 3 of 10", "Iteration 13: loss"):
-        with train_elsewhere(photos, tmp_path, cluster, "CHECKPOINT_EVERY=1") as run:
+        with train_elsewhere(photos, tmp_path, one_ray, "CHECKPOINT_EVERY=1") as run:
             run.wait_for(moment)  # it is always saving
             run.kill()
         assert "Resumed" not in run.output()
@@ -265,7 +265,7 @@ def test_driver_killed_resumes_to_the_same_weights(
 
 
 def test_interrupt_saves_and_exports_and_the_run_resumes_from_s3(
-    thin, cluster, photos, bucket, undisturbed, tmp_path, capsys
+    thin, one_ray, photos, bucket, undisturbed, tmp_path, capsys
 ):
     place, export = f"s3://{bucket}/runs/1", tmp_path / "network"
     interrupt = OnIteration(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -285,8 +285,8 @@ def test_interrupt_saves_and_exports_and_the_run_resumes_from_s3(
     assert checksums(tmp_path) == undisturbed
 
 
-def test_second_interrupt_stops_at_once_and_leaves_no_worker(cluster, photos, tmp_path):
-    with train_elsewhere(photos, tmp_path, cluster, iterations=100_000) as run:
+def test_second_interrupt_stops_at_once_and_leaves_no_worker(one_ray, photos, tmp_path):
+    with train_elsewhere(photos, tmp_path, one_ray, iterations=100_000) as run:
         run.wait_for("Iteration 3: loss")
         hit_one_computing(signal.SIGSTOP)  # this step would never end
         workers = workers_of(os.getpid())
@@ -304,7 +304,7 @@ def test_second_interrupt_stops_at_once_and_leaves_no_worker(cluster, photos, tm
 
 
 def test_tar_that_changes_after_it_was_listed_is_noticed(
-    thin, cluster, s3, photos, bucket, tmp_path, capsys
+    thin, one_ray, s3, photos, bucket, tmp_path, capsys
 ):
     s3.copy({"Bucket": photos, "Key": "train.txt"}, bucket, "train.txt")
     for tar in imagenet.list_tars(photos, "")[0][:2]:
@@ -368,7 +368,7 @@ class Memory(results.Report):
             self.seen[iteration] = [process.memory_full_info().uss for process in processes], free
 
 
-def test_a_thousand_iterations_learn_and_memory_stays_flat(thin, cluster, photos, monkeypatch):
+def test_a_thousand_iterations_learn_and_memory_stays_flat(thin, one_ray, photos, monkeypatch):
     monkeypatch.setattr(thin, "ACCURACY_EVERY", 10)
     monkeypatch.setattr(thin, "MINI_BATCH", 4)
     monkeypatch.setattr(thin, "KEEP_PROBABILITY", 1.0)

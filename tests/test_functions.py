@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import ray
 
+import cluster
 import functions
 import imagenet
-import workers
 from functions import NO_LABEL, Batch
 
 
@@ -22,7 +22,7 @@ def put_batches(sizes, side=256):
     return batches
 
 
-def test_convert_looks_names_up_and_reports_the_missing(cluster):
+def test_convert_looks_names_up_and_reports_the_missing(one_ray):
     pairs = ray.put({"a.JPEG": 3, "b.JPEG": 0})
     labels, report = ray.get(functions.convert.remote(["b.JPEG", "c.JPEG", "a.JPEG"], pairs))
     assert labels.dtype == np.int32
@@ -30,7 +30,7 @@ def test_convert_looks_names_up_and_reports_the_missing(cluster):
     assert report == {"images": 2, "unlabelled": 1, "named": ["'c.JPEG'"]}
 
 
-def test_match_drops_unlabelled_images_and_empty_batches(cluster):
+def test_match_drops_unlabelled_images_and_empty_batches(one_ray):
     images = [ray.put(np.full((n, 4, 4, 3), n, np.uint8)) for n in (2, 3, 1, 0)]
     names = [["a", "b"], ["c", "x", "d"], ["y"], []]
     pairs = ray.put({"a": 0, "b": 1, "c": 2, "d": 3})
@@ -50,7 +50,7 @@ def test_match_drops_unlabelled_images_and_empty_batches(cluster):
 
 
 @pytest.mark.parametrize("sizes", [(5, 3, 4, 1), (3, 2, 4), (6,)])
-def test_shuffle_keeps_every_image_once_with_its_label(cluster, sizes):
+def test_shuffle_keeps_every_image_once_with_its_label(one_ray, sizes):
     batches = put_batches(sizes, side=8)
     for number in range(5):
         batches = functions.shuffle_round(batches, 0, number)
@@ -62,7 +62,7 @@ def test_shuffle_keeps_every_image_once_with_its_label(cluster, sizes):
     assert sorted(batch.count for batch in batches) == sorted(sizes)
 
 
-def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(cluster):
+def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(one_ray):
     def shuffled(seed):
         mixed = functions.shuffle_round(put_batches([50] * 4, side=2), seed, 0)
         return [ray.get(batch.labels).tolist() for batch in mixed]
@@ -74,7 +74,7 @@ def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(cluster):
         assert len({image // 50 for image in a}) == 2
 
 
-def test_after_three_rounds_a_batch_has_images_of_eight(cluster):
+def test_after_three_rounds_a_batch_has_images_of_eight(one_ray):
     batches = put_batches([160] * 8, side=1)
     for number in range(3):
         batches = functions.shuffle_round(batches, 0, number)
@@ -83,7 +83,7 @@ def test_after_three_rounds_a_batch_has_images_of_eight(cluster):
         assert counts.min() >= 8 and counts.max() <= 34  # 20 are due
 
 
-def test_an_odd_batch_out_takes_part_in_another_round(cluster):
+def test_an_odd_batch_out_takes_part_in_another_round(one_ray):
     batches = put_batches([40] * 3, side=2)
     for number in range(5):
         batches = functions.shuffle_round(batches, 0, number)
@@ -91,7 +91,7 @@ def test_an_odd_batch_out_takes_part_in_another_round(cluster):
         assert len({image // 40 for image in ray.get(batch.labels).tolist()}) == 3
 
 
-def test_mean_image_is_exact(cluster):
+def test_mean_image_is_exact(one_ray):
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, (n, 6, 5, 3), np.uint8) for n in (4, 1, 7)]
     batches = [Batch(ray.put(a), None, len(a)) for a in arrays]
@@ -114,10 +114,10 @@ def test_crop_image_crops_and_mirrors(dtype):
 
 def draw(batches, **changes):
     arguments = {"size": 20, "count": 2, "seed": 0, "iteration": 3} | changes
-    return ray.get(workers.Helpers().draw_minibatches(batches, **arguments))
+    return ray.get(cluster.Helpers().draw_minibatches(batches, **arguments))
 
 
-def test_minibatches_are_random_crops_decided_by_seed_iteration_and_index(cluster):
+def test_minibatches_are_random_crops_decided_by_seed_iteration_and_index(one_ray):
     batches = put_batches([30, 60])
     minibatches = draw(batches)
     for pixels, labels, crops in minibatches:
@@ -134,7 +134,7 @@ def test_minibatches_are_random_crops_decided_by_seed_iteration_and_index(cluste
     assert (draw(batches, count=5)[0].crops == minibatches[0].crops).all()
 
 
-def test_every_crop_can_occur_at_the_edges(cluster):
+def test_every_crop_can_occur_at_the_edges(one_ray):
     crops = np.concatenate([m.crops for m in draw(put_batches([5]), count=20)])
     assert crops[:, 0].min() == crops[:, 1].min() == 0
     assert crops[:, 0].max() == crops[:, 1].max() == 32
@@ -146,8 +146,8 @@ def test_random_batch_is_as_likely_as_it_is_large():
     assert 70 < drawn.count(10) < 130
 
 
-def test_an_accuracys_sample_is_bounded_and_cropped_at_the_centre(cluster):
-    helpers, batches = workers.Helpers(), put_batches([250])
+def test_an_accuracys_sample_is_bounded_and_cropped_at_the_centre(one_ray):
+    helpers, batches = cluster.Helpers(), put_batches([250])
     pixels, labels, crops = ray.get(helpers.draw_sample(batches, 100, 0, 0))
     assert len(pixels) == 100 and len(set(labels.tolist())) == 100
     assert set(map(tuple, crops)) == {(16, 16, 0)}

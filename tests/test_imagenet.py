@@ -71,7 +71,7 @@ def test_list_filters_by_prefix_and_leaves_out_what_is_no_tar(s3, bucket):
 # ---- loading
 
 
-def test_load_returns_at_once_with_one_task_a_tar(cluster, bucket):
+def test_load_returns_at_once_with_one_task_a_tar(one_ray, bucket):
     tars = [imagenet.Tar(key, None, 0) for key in ("a.tar", "b.tar", "c.tar")]
     # No node has a gate, so that none of the tasks can run while load_tarfiles_from_s3 does.
     loaded = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, resources={"gate": 1})
@@ -82,7 +82,7 @@ def test_load_returns_at_once_with_one_task_a_tar(cluster, bucket):
         ray.cancel(images)
 
 
-def test_load_returns_images_names_and_a_report(cluster, s3, bucket):
+def test_load_returns_images_names_and_a_report(one_ray, s3, bucket):
     odd = "train/é +%25 x.tar"
     put_tar(s3, bucket, "train/a.tar", ["n1/n1_1.JPEG", "n1/n1_2.JPEG", "n1/sub/n1_3.JPEG"])
     put_tar(s3, bucket, odd, ["n2_1.JPEG"], size=(100, 700))
@@ -105,7 +105,7 @@ def test_images_lie_in_the_order_of_their_names():
     assert names == ["grey", "blue"] and grey == 0 and colour > 50
 
 
-def test_drivers_endpoint_and_region_reach_the_tasks(cluster, s3, bucket):
+def test_drivers_endpoint_and_region_reach_the_tasks(one_ray, s3, bucket):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
     elsewhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_DEFAULT_REGION": "eu-north-1"}
     [tar], _ = imagenet.list_tars(bucket, "")
@@ -122,7 +122,7 @@ def test_location_is_endpoint_and_region_and_no_credentials(s3, monkeypatch):
     assert imagenet.s3_location() == {"region_name": "eu-central-1"}
 
 
-def test_changed_object_is_noticed_by_its_etag(cluster, s3, bucket):
+def test_changed_object_is_noticed_by_its_etag(one_ray, s3, bucket):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
     tars, _ = imagenet.list_tars(bucket, "")
     put_tar(s3, bucket, "a.tar", ["b.JPEG"])
@@ -133,7 +133,7 @@ def test_changed_object_is_noticed_by_its_etag(cluster, s3, bucket):
 
 
 @pytest.mark.parametrize("left_out", [0, 7])
-def test_report_counts_and_names_what_is_left_out(cluster, left_out):
+def test_report_counts_and_names_what_is_left_out(one_ray, left_out):
     reports = [
         {"key": f"{i:02}\n.tar", "images": 3, "left_out": left_out, "named": ["x: cut", "y: no image"]}
         for i in range(20)
@@ -153,7 +153,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_a_bar_instead_of_lines(cluster):
+def test_a_terminal_gets_a_bar_instead_of_lines(one_ray):
     report, lines = {"key": "a.tar", "images": 3, "left_out": 0, "named": []}, []
     with contextlib.redirect_stderr(Terminal()) as terminal:
         imagenet.report_loading("b", [ray.put(report) for _ in range(4)], lines.append)

@@ -171,7 +171,7 @@ def load(bucket, said):
 
 
 @pytest.fixture
-def tars(cluster, s3, bucket):
+def tars(one_ray, s3, bucket):
     """A bucket with five tars of two parts each; the names of the images."""
     for number in range(5):
         put(s3, bucket, tar(number), f"{number}.tar")

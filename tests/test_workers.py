@@ -9,6 +9,7 @@ import ray
 from ml_dtypes import bfloat16
 
 import alexnet
+import cluster
 import functions
 import results
 import workers
@@ -20,22 +21,22 @@ NETWORK = {"layers": THIN, "num_classes": 10}
 # ---- room
 
 
-def test_precision_is_bfloat16_where_every_cpu_multiplies_it(cluster):
+def test_precision_is_bfloat16_where_every_cpu_multiplies_it(one_ray):
     fast = "bfloat16" if functions.multiplies_bfloat16() else "float32"
-    assert workers.fastest_precision(0) == fast
-    assert workers.fastest_precision(1) == "float32"
+    assert cluster.fastest_precision(0) == fast
+    assert cluster.fastest_precision(1) == "float32"
 
 
-def test_room_counts_whole_workers_a_node(cluster):
+def test_room_counts_whole_workers_a_node(one_ray):
     room = {(1, 0): 2, (2, 0): 1, (3, 0): 0, (1, 1): 2, (1, 2): 1}
-    assert {share: workers.room_for_workers(*share) for share in room} == room
+    assert {share: cluster.room_for_workers(*share) for share in room} == room
 
 
-def test_more_workers_than_this_machine_holds(cluster):
+def test_more_workers_than_this_machine_holds(one_ray):
     share = {"cpus": 3, "gpus": 0}
-    with pytest.raises(workers.WorkerError) as caught:
+    with pytest.raises(cluster.ClusterError) as caught:
         workers.Workers(
-            *(2, share, NETWORK, "float32", workers.Helpers(), 100, results.Report()), can_grow=False
+            *(2, share, NETWORK, "float32", cluster.Helpers(), 100, results.Report()), can_grow=False
         )
     assert str(caught.value) == (
         "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room for 0: "
@@ -52,10 +53,10 @@ def random_sets(count, *shapes):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-def test_mean_gradients_is_the_mean_by_a_fixed_tree(cluster, count):
+def test_mean_gradients_is_the_mean_by_a_fixed_tree(one_ray, count):
     shapes = (3, 4), (4,), (workers.BLOCK + 5, 2)
     sets, weights = random_sets(count, *shapes), [np.ones(shape, np.float32) for shape in shapes]
-    helpers, got = workers.Helpers(), [np.empty_like(weight) for weight in weights]
+    helpers, got = cluster.Helpers(), [np.empty_like(weight) for weight in weights]
     sums = helpers.add_gradients([ray.put(grads) for grads in sets], [helpers.here] * count)
     assert len(sums) == min(count, 2)
     norm = workers.mean_of(sums, count, weights, [0, 0, 0], got)
@@ -69,13 +70,13 @@ def test_mean_gradients_is_the_mean_by_a_fixed_tree(cluster, count):
 
 
 @pytest.mark.parametrize("kind", [np.float32, bfloat16])
-def test_mean_has_each_variables_decay(cluster, kind):
+def test_mean_has_each_variables_decay(one_ray, kind):
     """Of float32 or of bfloat16's bits, and to the same bits wherever the gradients were added."""
     weights, a, b = ([x.astype(kind) for x in arrays] for arrays in random_sets(3, (30, 40), 40))
     sent = [
         [x.view(np.uint16) if kind is bfloat16 else x for x in arrays] for arrays in (weights, a, b)
     ]
-    helpers = workers.Helpers()
+    helpers = cluster.Helpers()
     added = ray.get(helpers.on(helpers.here).add_gradients.remote(*sent[1:]))
     got, same = ([np.empty(w.shape, np.float32) for w in weights] for _ in range(2))
     norm = workers.mean_of(sent[1:], 2, sent[0], [0.3, 0], got)
@@ -104,7 +105,7 @@ def test_mean_tells_any_value_that_is_not_finite(bad):
 Call = namedtuple("Call", "remote")
 
 
-class Noted(workers.Helpers):
+class Noted(cluster.Helpers):
     """Helpers on nodes that do not exist, so that there can be many: their calls are only noted."""
 
     def __init__(self):
@@ -123,7 +124,7 @@ class Noted(workers.Helpers):
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4, 8])
-def test_one_set_of_gradients_comes_to_this_node(cluster, nodes):
+def test_one_set_of_gradients_comes_to_this_node(one_ray, nodes):
     """Which sums are formed where, for two mini-batches a node."""
     helpers = Noted()
     names = [helpers.here, *range(1, nodes)]
@@ -144,7 +145,7 @@ def test_one_set_of_gradients_comes_to_this_node(cluster, nodes):
 
 
 @pytest.mark.parametrize(("nodes", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3), (64, 6)])
-def test_weights_are_passed_on_in_rounds(cluster, nodes, rounds):
+def test_weights_are_passed_on_in_rounds(one_ray, nodes, rounds):
     """A node's copy begins when as many nodes have it as copy it."""
     helpers = Noted()
     names = [helpers.here, *range(1, nodes)]
@@ -180,10 +181,10 @@ class Remembered:
         return self.handles[-1]
 
 
-def test_workers_do_not_outlive_a_run(cluster):
+def test_workers_do_not_outlive_a_run(one_ray):
     """Also those that still start."""
     actor, share = Remembered(), {"cpus": 1, "gpus": 0}
-    common = share, NETWORK, "float32", workers.Helpers(), 100, results.Report(), True
+    common = share, NETWORK, "float32", cluster.Helpers(), 100, results.Report(), True
     pool = workers.Workers(1, *common, actor=actor)
     del pool
     [handle] = actor.handles
@@ -191,7 +192,7 @@ def test_workers_do_not_outlive_a_run(cluster):
         ray.get(handle.node.remote(), timeout=60)
 
 
-def test_accuracy_does_not_keep_other_workers_waiting(cluster, tmp_path):
+def test_accuracy_does_not_keep_other_workers_waiting(one_ray, tmp_path):
     """While one worker is busy with an accuracy, another one computes all the mini-batches."""
     pool = two_workers(actor=noting_worker(tmp_path))
     pool.update_weights(0, ray.put([np.zeros(shape) for shape in alexnet.weight_shapes(**NETWORK)]))
@@ -209,7 +210,7 @@ def test_accuracy_does_not_keep_other_workers_waiting(cluster, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pool(cluster):
+def pool(one_ray):
     """Two workers, for all the tests below."""
     return two_workers()
 
@@ -222,7 +223,7 @@ def minibatch(rng, count=20):
 def test_each_worker_is_a_process_beside_which_tasks_find_room(pool):
     assert pool.count == 2 and len(workers_of(psutil.Process().pid)) == 2
     # They hold both CPUs.
-    labels, _ = functions.convert.options(**workers.data_task_options()).remote(["a"], {"a": 1})
+    labels, _ = functions.convert.options(**cluster.data_task_options()).remote(["a"], {"a": 1})
     assert ray.get(labels, timeout=30).tolist() == [1]
 
 
