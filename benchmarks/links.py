@@ -1,6 +1,6 @@
 """Passing an object on, measured: from one node to others over links of a limited rate.
 
-    sudo python benchmarks/links.py [--nodes 8] [--rate 1gbit] [--megabytes 250] [--repeats 5]
+    sudo python benchmarks/links.py [--nodes 12] [--rate 400mbit] [--megabytes 50] [--repeats 7]
 
 Each Ray node runs in a network namespace of its own on this machine, whose link `tc` limits in both
 directions. `Helpers.pass_on` takes turns with fetching by all nodes at once. Needs root, `ip` and `tc`.
@@ -111,10 +111,10 @@ def measure(megabytes, repeats):
 def main():
     """Set up the nodes, and measure in a process on the first one."""
     parser = argparse.ArgumentParser(description="Measure passing an object on over limited links.")
-    parser.add_argument("--nodes", type=int, default=8)
-    parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it")
-    parser.add_argument("--megabytes", type=int, default=250)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--nodes", type=int, default=12)
+    parser.add_argument("--rate", default="400mbit", help="of each link, as tc writes it")
+    parser.add_argument("--megabytes", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
