@@ -258,7 +258,7 @@ BEHIND_THE_CHECKOUT = """
 import sys
 from pathlib import Path
 import ray
-import driver, workers
+import cluster, driver
 
 assert cluster.connect()
 checkout = Path(driver.__file__).resolve().parent
