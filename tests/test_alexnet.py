@@ -211,6 +211,22 @@ def test_weights_are_used_in_place():
     assert (network.weights()[-2] == 7.0).all()
 
 
+def test_weights_are_views_and_stay_as_they_were():
+    """No copy of 250 MB, unless someone still looks at a variable when it changes."""
+    network = thin_network()
+    gradients = [np.ones_like(w) for w in network.weights()]
+    network.apply(gradients, 1.0, 0.1)  # moves those that still lie where they were restored from
+    before = [w.ctypes.data for w in network.weights()]
+    network.apply(gradients, 1.0, 0.1)
+    assert [w.ctypes.data for w in network.weights()] == before  # TensorFlow has written in place
+    held = network.weights()
+    values = [w.copy() for w in held]
+    network.apply(gradients, 1.0, 0.1)
+    for view, value, new in zip(held, values, network.weights(), strict=True):
+        assert not view.flags.writeable
+        assert (view == value).all() and (new != value).all()
+
+
 def test_initial_weights():
     rng = np.random.default_rng(0)
     he = alexnet.initial_weights(alexnet.LAYERS[:5], 1000, "he", rng)
