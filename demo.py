@@ -33,9 +33,8 @@ def main():
         command += ["--iterations", str(ITERATIONS)]
         print("$", "python driver.py", *command[2:], flush=True)
         # Without RAY_ADDRESS, driver.py starts a Ray of its own (or joins the one running here).
-        driver = subprocess.Popen(
-            command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        pipe = {"stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        driver = subprocess.Popen(command, env=os.environ | environment, **pipe)
         accuracies = []
         for line in driver.stdout:
             print(line, end="", flush=True)

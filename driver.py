@@ -153,8 +153,7 @@ def load(bucket, prefix, label_file, say, options):
     say(f"s3://{bucket}/{prefix}*: {len(tars)} tars, {others} other keys left out")
     say(cluster.memory_needed(imagenet.estimate_images(bucket, tars)))
     # One remote task a tar downloads and decodes it into the object store.
-    size = [imagenet.IMAGE_SIZE, imagenet.IMAGE_SIZE]
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, size, **options)
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [imagenet.IMAGE_SIZE] * 2, **options)
     # The dictionary of the label file goes into the object store once, for every `convert`.
     labels = imagenet.read_labels(bucket, label_file, NUM_CLASSES)
     imagepairs, convert = ray.put(labels), functions.convert.options(**options)

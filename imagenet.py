@@ -16,13 +16,7 @@ import ray
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 from s3transfer.subscribers import BaseSubscriber
 from tqdm import tqdm
@@ -205,8 +199,8 @@ def estimate_images(bucket, tars):
     if tars[0].size:
         first = s3_resource().Object(bucket, tars[0].key)
         # A body that breaks off is not read again: there is an answer without it.
-        broken = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-        with s3_errors(bucket, tars[0].key), contextlib.suppress(*broken):
+        broken = contextlib.suppress(IncompleteReadError, HTTPClientError)
+        with s3_errors(bucket, tars[0].key), broken:
             head = first.get(Range="bytes=0-1048575")["Body"].read()
     members, _ = tar_members(io.BytesIO(head))
     if not members:

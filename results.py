@@ -112,10 +112,8 @@ class Start(NamedTuple):
         """InputError unless the texts in `run` that are `fixed` are as saved; says what has changed."""
         changed = {key: self.run.get(key) for key in run if self.run and self.run.get(key) != run[key]}
         if wrong := [f"{key} (was {was})" for key, was in changed.items() if key in fixed]:
-            raise InputError(
-                f"{self.place} is of another run: different are {', '.join(wrong)}; "
-                "restore that or name another --checkpoint-dir"
-            )
+            what = f"is of another run: different are {', '.join(wrong)}"
+            raise InputError(f"{self.place} {what}; restore that or name another --checkpoint-dir")
         for key, was in changed.items():
             say(f"{key} is {run[key]} from here on, was {was}")
 
@@ -192,12 +190,9 @@ class Checkpoints:
 
     def _write(self, iteration, state, facts):
         name, tensors = f"ckpt-{iteration}", state | {"facts": json.dumps(facts)}
-        tf.raw_ops.SaveV2(
-            prefix=str(self._folder / name),
-            tensor_names=list(tensors),
-            shape_and_slices=[""] * len(tensors),
-            tensors=list(tensors.values()),
-        )
+        contents = {"tensor_names": list(tensors), "tensors": list(tensors.values())}
+        whole = [""] * len(tensors)
+        tf.raw_ops.SaveV2(prefix=str(self._folder / name), shape_and_slices=whole, **contents)
         names = [*(other for other in self._names() if other != name), name]
         tf.train.update_checkpoint_state(str(self._folder), name, names[-self.KEPT :])
         if self._remote:

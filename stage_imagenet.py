@@ -135,10 +135,9 @@ def stage_tars(name, tars, folder, there, side):
             uploaded += new
             for image in images:
                 if wnids.setdefault(image.name, image.wnid) != image.wnid:
-                    raise InputError(
-                        f"{image.path}: {one_line(image.name)} is in {wnids[image.name]}, too; the "
-                        "driver tells images by their name alone, so rename one"
-                    )
+                    both = f"{one_line(image.name)} is in {wnids[image.name]}, too"
+                    why = "the driver tells images by their name alone, so rename one"
+                    raise InputError(f"{image.path}: {both}; {why}")
             bar.set_postfix(uploaded=uploaded, refresh=False)
             bar.update()
             if bar.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):

@@ -231,10 +231,9 @@ class Workers:
         """ClusterError if one of this iteration's mini-batches has given something not finite."""
         for index, result in enumerate(self._results):
             if not finite[index]:
-                raise ClusterError(
-                    f"iteration {self._weights[0]}: the {what} of mini-batch {index} is not finite, "
-                    f"on worker {result.worker}: lower LEARNING_RATE"
-                )
+                where = f"iteration {self._weights[0]}: the {what} of mini-batch {index}"
+                why = f"is not finite, on worker {result.worker}: lower LEARNING_RATE"
+                raise ClusterError(f"{where} {why}")
 
     def _run(self, requests):
         """Share out requests, each to the first free worker; a list of a Result for each.
