@@ -85,6 +85,7 @@ def train(args, stop, report, actor, can_grow):
     local = alexnet.AlexNet(**network, rule=rule)
     rng = functions.generator(SEED, "initial weights")
     local.restore(start.state or local.initial_state(INITIAL_WEIGHTS, rng))
+    start = start._replace(state=None)  # 500 MB that nobody needs from here on
 
     # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
     batches = functions.match(training, say, **options)
@@ -222,18 +223,18 @@ def main(argv=None, report=None, actor=functions.Worker):
     stop, own_ray = Stop(report.say), not ray.is_initialized()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        can_grow = cluster.connect()  # a step that is not interrupted: Ray can crash
+        try:
+            can_grow = cluster.connect()  # a step that is not interrupted: Ray can crash
+        except SystemExit as end:  # while it starts, Ray answers SIGTERM so
+            stop.signum = end.code
         for number in handlers:
             signal.signal(number, stop)  # again: Ray's start sets a handler of its own
         stop.at_once = True
         if stop.signum:
             raise KeyboardInterrupt
         train(args, stop, report, actor, can_grow)
-    except (
-        KeyboardInterrupt,
-        SystemExit,
-    ) as end:  # the latter: Ray while it starts
-        stop.signum = stop.signum or getattr(end, "code", signal.SIGINT)
+    except KeyboardInterrupt:
+        stop.signum = stop.signum or signal.SIGINT
     except (imagenet.InputError, cluster.ClusterError, RayError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
