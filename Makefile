@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint
 
 # Train on a small data set that it draws itself, served by an S3 server of its own.
 demo: .venv
@@ -9,6 +9,10 @@ demo: .venv
 
 test: .venv lint
 	$(BIN)/python -m pytest
+
+# Five minutes of misfortunes, the same ones each time.
+soak: .venv
+	$(BIN)/python benchmarks/soak.py --minutes 5 --seed 0
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -4,28 +4,14 @@ Every process that computes holds an `AlexNet` of its own: graphs do not seriali
 operations are built once and the graph is frozen, so that no step can make it grow.
 """
 
-import contextlib
 import os
 
 import numpy as np
 
 from imagenet import CROP_SIZE
+from watching import silent_stderr
 
-
-@contextlib.contextmanager
-def _silent_start():
-    """Close file descriptor 2 for a while: TensorFlow greets there from C++ at any log level."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
-
-
-with _silent_start():
+with silent_stderr():
     # TensorFlow reads both once, when it loads. By itself it uses oneDNN only on CPUs with AVX-512; on
     # CPUs with AVX2, oneDNN makes a step a third shorter.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -173,6 +159,7 @@ class AlexNet:
         is in float32: bfloat16 is too coarse to add small steps to.
         """
         self.layers, self.num_classes, self.rule = layers, num_classes, rule
+        self.iteration = 0  # how many steps have made the weights; None if one has failed halfway
         graph = tf.Graph()
         with graph.as_default():
             self._build(precision)
@@ -182,9 +169,14 @@ class AlexNet:
             inter_op_parallelism_threads=1,
             gpu_options=tf.GPUOptions(allow_growth=True),
         )
-        with _silent_start():
+        with silent_stderr():
             if not gpus:  # or TensorFlow's eager part, which shows weights and saves, takes them all
                 tf.config.set_visible_devices([], "GPU")
+            seen = len(tf.config.list_physical_devices("GPU")) if gpus else 0
+            if seen < gpus:
+                raise RuntimeError(
+                    f"TensorFlow sees {seen} of {gpus} GPUs: it needs pip install tensorflow[and-cuda]"
+                )
             self.sess = tf.Session(graph=graph, config=config)
         graph.finalize()
 
@@ -233,20 +225,38 @@ class AlexNet:
         weights = initial_weights(self.layers, self.num_classes, std, rng)
         return zeros | dict(zip(self._state, weights, strict=False))  # the parameters come first
 
-    def state(self):
-        """A copy of the weights and of what the rule keeps: a dict of name -> float32 array."""
-        return self.sess.run(self._state)
+    def snapshot(self):
+        """Hold the weights, and what the rule keeps, as they are now, until `save` has written them.
 
-    def restore(self, state):
-        """Go on from what `state` or `initial_state` returned."""
+        This copies nothing; TensorFlow copies a variable when it changes it for the first time.
+        """
+        self.sess.run(self._snapshot)
+
+    def save(self, prefix, facts):
+        """Write the snapshot in TensorFlow's format to files whose names start so; a thread may do it.
+
+        `facts` is a text, which is saved beside the variables.
+        """
+        here = tf.RunOptions(inter_op_thread_pool=-1)  # in this thread, or steps would wait for it
+        try:
+            self.sess.run(self._written, {self._prefix: prefix, self._facts: facts}, here)
+        finally:
+            self.sess.run(self._let_go)
+
+    def restore(self, state, iteration=0):
+        """Go on from a dict of name -> float32 array, `initial_state` or a checkpoint's, which so many
+        steps have made."""
         with self.sess.graph.as_default():
             for name, variable in self._state.items():
                 variable.load(state[name], self.sess)
+        self.iteration = iteration
 
     def apply(self, gradients, norm, rate):
         """One step of the update rule, on a float32 gradient for each parameter and their norm."""
         feed = dict(zip(self.placeholders, gradients, strict=True))
+        made, self.iteration = self.iteration, None  # if it fails, these are weights of no iteration
         self.sess.run(self.application, feed | {self.learning_rate: self.rule.clipped(rate, norm)})
+        self.iteration = made + 1
 
     def _build(self, precision):
         layers, num_classes = self.layers, self.num_classes
@@ -283,6 +293,24 @@ class AlexNet:
             step = self.parameters, self.placeholders, self.learning_rate
             self.application, kept = self.rule.build(*step)
         self._state = {v.op.name: v for v in [*self.parameters, *kept]}
+        if self.rule:
+            self._build_save()
+
+    def _build_save(self):
+        self._prefix, self._facts = tf.placeholder(tf.string, []), tf.placeholder(tf.string, [])
+        held = [
+            tf.get_variable(f"snapshot/{name}", v.shape, v.dtype, use_resource=True)
+            for name, v in self._state.items()
+        ]
+        pairs = zip(held, self._state.values(), strict=True)
+        self._snapshot = tf.group(*(copy.assign(v, read_value=False) for copy, v in pairs))
+        self._written = tf.raw_ops.SaveV2(
+            prefix=self._prefix,
+            tensor_names=[*self._state, "facts"],
+            shape_and_slices=[""] * (len(held) + 1),
+            tensors=[*held, self._facts],
+        )
+        self._let_go = tf.group(*(tf.raw_ops.DestroyResourceOp(resource=v.handle) for v in held))
 
     def _view_in(self, precision):
         """The operation that leaves the weights in `_shown`: a function sees variables, not copies."""

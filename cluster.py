@@ -1,19 +1,38 @@
 """The Ray cluster that a run is on: joining it, the room on its nodes, and how large objects travel
 between them."""
 
+import contextlib
 import json
-import math
 import os
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import watching
 from functions import CPU_SLICE, Helper, multiplies_bfloat16, random_batch
-from imagenet import IMAGE_SIZE
+from imagenet import IMAGE_SIZE, PATIENCE
 
-CARRIED_MODULES = ("alexnet", "decoding", "functions", "imagenet")  # what runs on other nodes
+# What runs on other nodes, too.
+CARRIED_MODULES = ("alexnet", "decoding", "functions", "imagenet", "watching")
+
+ANSWER = 20  # seconds in which a healthy cluster answers a short question
+SHORT = 0.5  # seconds between two looks whether an answer is still wanted
+ASKED = 3  # times that a node is asked before its silence is an answer
+START = 60  # seconds in which a helper has started
+CONNECT = 5  # seconds in which a process on a healthy node can be connected to
+LOOK = 5  # seconds between two looks whether the cluster is there and whether a data task hangs
+
+CRASHES_IN_A_ROW = 3  # of workers with one request, or on one node, before it is given up
+RETRY_START = 2  # seconds after which a worker is started again where one failed; longer each time
+LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
 
 
 class ClusterError(Exception):
@@ -28,6 +47,7 @@ def connect(**start_options):
     """
     if ray.is_initialized():
         return True
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # the run says in a line what Ray says in twenty
     here = Path(__file__).resolve().parent
     modules = [str(here / f"{name}.py") for name in CARRIED_MODULES]
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
@@ -37,7 +57,8 @@ def connect(**start_options):
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address != "local":  # Ray's word for a cluster of one's own
-            ray.init("auto", **options)
+            with _silent_core():
+                ray.init("auto", **options)
             return True
     except ConnectionError as error:
         if address:
@@ -47,45 +68,74 @@ def connect(**start_options):
     return False
 
 
+@contextlib.contextmanager
+def _silent_core():
+    """Have the part of Ray in C++ that starts in this process say nothing of the cluster's faults."""
+    level = os.environ.get("RAY_BACKEND_LOG_LEVEL")
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = level or "fatal"
+    try:
+        with watching.silent_stderr():  # or it would say that there is a level
+            yield
+    finally:
+        if not level:  # processes of a Ray that is started here write their logs as usual
+            del os.environ["RAY_BACKEND_LOG_LEVEL"]
+
+
 def nodes_alive():
-    """The cluster's nodes that are alive, as Ray describes them."""
-    return [node for node in ray.nodes() if node["Alive"]]
+    """The cluster's nodes that are alive, as Ray describes them. ClusterError if nobody knows.
+
+    Ray's own call would wait for its head, and end the process after a minute without a word.
+    """
+    answer = []
+
+    def ask_head():
+        with contextlib.suppress(Exception):  # Ray may have ended meanwhile
+            answer.append(ray.nodes())
+
+    asking = threading.Thread(target=ask_head, daemon=True)
+    asking.start()
+    asking.join(ANSWER)
+    if not answer:
+        raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
+    return [node for node in answer[0] if node["Alive"]]
+
+
+def lives(node):
+    """Whether a node is alive: Ray itself notices only after some seconds that one has died."""
+    for alive in nodes_alive():
+        if alive["NodeID"] == node:
+            raylet = alive["NodeManagerAddress"], alive["NodeManagerPort"]
+            with contextlib.suppress(OSError), socket.create_connection(raylet, CONNECT):
+                return True
+    return False
 
 
 def on_node(node):
-    """Ray's strategy to place a task or an actor on a node, or elsewhere if that node is gone."""
-    return NodeAffinitySchedulingStrategy(node, soft=True)
-
-
-def data_task_options():
-    """Ray options of a data task: a slice of a CPU, and memory for at most two tasks a CPU."""
-    nodes = [node["Resources"] for node in nodes_alive()]
-    shares = [n["memory"] / n["CPU"] / 2 for n in nodes if n.get("CPU") and n.get("memory")]
-    return {"num_cpus": CPU_SLICE, "memory": int(min(shares, default=0))}
+    """Ray's strategy to place something on a node, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def room_for_workers(cpus, gpus):
-    """How many workers of so many CPUs and GPUs the nodes of the cluster hold together."""
-    room = 0
+    """How many workers of so many CPUs and GPUs each node holds in all: a dict of node id -> number."""
+    room = {}
     for node in nodes_alive():
-        has = node["Resources"]
-        by_gpu = has.get("GPU", 0) // gpus if gpus else math.inf
-        room += int(min(has.get("CPU", 0) // cpus, by_gpu))
+        by_cpu = int(node["Resources"].get("CPU", 0) // cpus)
+        by_gpu = int(node["Resources"].get("GPU", 0) // gpus) if gpus else by_cpu
+        room[node["NodeID"]] = min(by_cpu, by_gpu)
     return room
 
 
-def fastest_precision(gpus):
-    """The precision in which the cluster's workers are fastest, "bfloat16" or "float32".
+def fastest_precision(cpus, gpus):
+    """The precision in which workers of so many CPUs and GPUs are fastest, "bfloat16" or "float32".
 
-    bfloat16 where every node's CPU multiplies in it; on GPUs, float32.
+    bfloat16 where the CPU of every node that has room for a worker multiplies in it; on GPUs, float32.
     """
     if gpus:
         return "float32"
-    ask = ray.remote(num_cpus=0)(multiplies_bfloat16)
-    here = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in nodes_alive() if node["NodeID"] != here]
-    answers = [ask.options(scheduling_strategy=on_node(node)).remote() for node in others]
-    return "bfloat16" if all([multiplies_bfloat16(), *ray.get(answers)]) else "float32"
+    nodes = [node for node, number in room_for_workers(cpus, gpus).items() if number]
+    with ThreadPoolExecutor(64) as threads:
+        can = list(threads.map(lambda node: ask(node, multiplies_bfloat16), nodes))
+    return "bfloat16" if any(can) and False not in can else "float32"  # None: the node is gone
 
 
 def memory_needed(images):
@@ -99,6 +149,198 @@ def memory_needed(images):
     return text
 
 
+def ask(node, function, *arguments, closed=None):
+    """What a short function returns on a node; None if the node does not answer, asked ASKED times.
+
+    An answer does not come if Ray gives the task to a process that hangs; another one gets the next.
+    ClusterError as soon as the event `closed` is set: nobody waits for the answer then.
+    """
+    task = ray.remote(num_cpus=0, scheduling_strategy=on_node(node))(function)
+    for _ in range(ASKED):
+        with contextlib.suppress(RayError):
+            return _answer(task.remote(*arguments), closed)
+    return None
+
+
+def _answer(ref, closed):
+    for _ in range(round(ANSWER / SHORT)):
+        if ray.wait([ref], timeout=SHORT)[0]:
+            return ray.get(ref)
+        if closed and closed.is_set():
+            raise ClusterError("the run ends")
+    raise GetTimeoutError(f"no answer in {ANSWER} s")
+
+
+class DataTasks:
+    """Starts the tasks on data: loading, labels, shuffle, mean image. Ray runs a task again if its
+    process or its node dies, to rebuild what was lost, too, as often as that happens.
+
+    As long as this object lives, one thread looks after the tasks: it names one that hangs, and ends
+    its process. Another one looks whether the cluster's head is there.
+    """
+
+    def __init__(self, say, timeout, fail, **options):
+        """`timeout` bounds the seconds of a task; `fail` is called with the error if the head is gone.
+
+        A task takes a slice of a CPU, and memory for at most two tasks a CPU. `options` are more of
+        Ray's for all tasks.
+        """
+        here = on_node(ray.get_runtime_context().get_node_id())
+        self._watch = watching.Watch.options(scheduling_strategy=here).remote()
+        self._names, self._closed = set(), threading.Event()
+        looks = (_look_at_tasks, self._watch, self._names, say, timeout), (_look_at_head, fail)
+        self._threads = [
+            threading.Thread(target=look, args=(self._closed, *arguments), daemon=True)
+            for look, *arguments in looks
+        ]
+        for thread in self._threads:
+            thread.start()
+        nodes = [node["Resources"] for node in nodes_alive()]
+        shares = [n["memory"] / n["CPU"] / 2 for n in nodes if n.get("CPU") and n.get("memory")]
+        limits = {"num_cpus": CPU_SLICE, "memory": int(min(shares, default=0)), "max_retries": -1}
+        self._task = ray.remote(**limits | options)(watching.watched)
+
+    def __del__(self):
+        """End the threads: Ray ends the process if one of them calls it after its end."""
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(5 * SHORT)
+
+    def start(self, function, *arguments, name=None, **options):
+        """Start a task that calls a function of a carried module; its reference, or references.
+
+        `name` names the task, if the function's name does not say enough; `options` are Ray's.
+        """
+        name = name or function.__name__
+        self._names.add(name)
+        return self._task.options(name=name, **options).remote(self._watch, function, *arguments)
+
+
+def _look_at_tasks(closed, watch, names, say, timeout):
+    """Look every few seconds whether a task takes too long, and sometimes whether one is stopped."""
+    look_for_stopped = time.monotonic() + timeout
+    while not closed.wait(LOOK) and ray.is_initialized():  # a call would start a Ray anew
+        try:
+            for late in _answer(watch.late.remote(timeout), closed):
+                if ask(late.node, watching.end_process, late.pid, late.name, closed=closed):
+                    where = f"on node {late.node[:8]}"
+                    say(f"{late.name} has not ended in {timeout} s {where}: this task is run again")
+            if time.monotonic() > look_for_stopped:
+                look_for_stopped = time.monotonic() + timeout
+                for node in [node["NodeID"] for node in nodes_alive()]:
+                    for title in ask(node, watching.end_stopped, list(names), closed=closed) or ():
+                        say(f"a process is stopped on node {node[:8]} ({title}): it is ended")
+        except GetTimeoutError:
+            ray.kill(watch, no_restart=False)
+        except (RayError, ClusterError):
+            pass  # the run ends, the watch is restarted, or the other thread looks at the head
+
+
+def _look_at_head(closed, fail):
+    """Look every few seconds whether the cluster's head answers."""
+    while not closed.wait(LOOK) and ray.is_initialized():
+        try:
+            nodes_alive()
+        except ClusterError as error:
+            if not closed.is_set():
+                fail(error)
+            return
+
+
+class Room:
+    """Where on the cluster workers start: on the node with the most room, and not where they fail.
+
+    A node on which workers start in vain, or crash, is tried again after a while, and is left alone
+    after CRASHES_IN_A_ROW failures.
+    """
+
+    def __init__(self, resources, here, say):
+        """`resources` has the `cpus` and `gpus` of a worker; `here` is the id of the driver's node."""
+        self._resources, self._here, self._say = resources, here, say
+        self._limits = {}  # node -> how many workers it can hold in fact
+        self._failures, self._next_try = Counter(), {}  # node -> failures in a row; a moment
+        self.why = ""  # the last worker has failed
+
+    def nodes(self):
+        """How many workers each node can hold: a dict of node id -> number."""
+        room = room_for_workers(**self._resources)
+        return {node: min(n, self._limits.get(node, n)) for node, n in room.items()}
+
+    def places(self, count, there):
+        """Nodes for at most `count` more workers; `there` is a Counter of the nodes of all others."""
+        room, now, chosen = self.nodes(), time.monotonic(), []
+        left = {n: room[n] - there[n] for n in room if self._next_try.get(n, 0) <= now}
+        while len(chosen) < count and left:
+            node = max(left, key=lambda node: (left[node], node == self._here))
+            if left[node] <= 0:
+                break
+            left[node] -= 1
+            chosen.append(node)
+        return chosen
+
+    def limit(self, node, number):
+        """A node can hold only so many workers."""
+        self._limits[node] = number
+
+    def failed(self, node, why):
+        """A worker has failed on a node that goes on."""
+        self._failures[node] += 1
+        self.why, pause = why, RETRY_START * self._failures[node]
+        if self._failures[node] % CRASHES_IN_A_ROW == 0:
+            pause, times = LEFT_ALONE, f"{self._failures[node]} times in a row"
+            self._say(f"node {node[:8]} is left alone: workers failed there {times} ({why})")
+        self._next_try[node] = time.monotonic() + pause
+
+    def worked(self, node):
+        """A worker on a node has done its work."""
+        self._failures.pop(node, None)
+
+    def given_up(self):
+        """Whether workers have failed too often on every node that has room for one."""
+        nodes = [node for node, number in self.nodes().items() if number]
+        return bool(nodes) and all(self._failures[node] >= CRASHES_IN_A_ROW for node in nodes)
+
+
+class Patience:
+    """Bears errors of what Ray rebuilds, as long as they do not go on for too long."""
+
+    def __init__(self, seconds):
+        """Bear them for so many seconds from the first one on."""
+        self._seconds, self._end = seconds, None
+
+    def bear(self, error):
+        """Wait for a moment, or raise the error if it is time."""
+        self._end = self._end or time.monotonic() + self._seconds
+        if time.monotonic() > self._end:
+            raise error
+        time.sleep(1)
+
+    def renew(self):
+        """It goes on."""
+        self._end = None
+
+
+class Drawn:
+    """A mini-batch that a helper draws of a batch. It can be drawn again, and is the same."""
+
+    def __init__(self, helpers, method, batch, *arguments):
+        """Name the helper's method, and its arguments after the batch; nothing is drawn yet."""
+        self._helpers, self._method, self._batch, self._arguments = helpers, method, batch, arguments
+        self._ref = None
+
+    def ref(self):
+        """The reference of the mini-batch, which the first call has drawn."""
+        if self._ref is None:
+            helper = self._helpers.holding(self._batch.images)
+            draw = getattr(helper, self._method)
+            self._ref = draw.remote(self._batch.images, self._batch.labels, *self._arguments)
+        return self._ref
+
+    def let_go(self):
+        """It has been used, or is lost: the next call of `ref` draws it again."""
+        self._ref = None
+
+
 class Helpers:
     """One Helper on each node that needs one, so that large objects are used where they lie."""
 
@@ -106,33 +348,63 @@ class Helpers:
         """Start none yet."""
         self.here = ray.get_runtime_context().get_node_id()
         self._on = {}  # node id -> Helper
+        self._starts = {}  # node id -> reference of the id of its process, and when it was started
 
-    def at(self, refs):
-        """The Helper of each object: on a node that holds it, or on this node if Ray knows of none."""
-        places = get_object_locations(refs)
-        return [self.on((*places[ref]["node_ids"], self.here)[0]) for ref in refs]
+    def holding(self, ref):
+        """The Helper on a node that holds an object, or on this node if Ray knows of none."""
+        places = get_object_locations([ref])[ref]["node_ids"]
+        return self.on((*places, self.here)[0])
 
     def on(self, node):
         """The helper on a node."""
         if node not in self._on:
             self._on[node] = Helper.options(scheduling_strategy=on_node(node)).remote()
+            self._note_start(node)
         return self._on[node]
 
+    def _note_start(self, node):
+        self._starts[node] = self._on[node].pid.remote(), time.monotonic()
+
+    def nodes(self):
+        """The nodes that have a helper: all on which data or gradients lie."""
+        return set(self._on)
+
+    def let_go(self, nodes):
+        """Forget the helpers of nodes that are dead."""
+        for node in nodes & set(self._on):
+            del self._on[node]
+
+    def restart_hung(self):
+        """Start helpers anew that are stuck, in a call or in their start.
+
+        Ray repeats the calls of one that was up; those of one that never came up fail.
+        """
+        for node, helper in list(self._on.items()):
+            pid, since = self._starts[node]
+            up, _ = ray.wait([pid], timeout=0)
+            if up and not ask(node, watching.waits, ray.get(pid)):
+                ray.kill(helper, no_restart=False)
+                self._note_start(node)
+            elif not up and time.monotonic() - since > START:
+                ray.kill(self._on.pop(node))
+
     def draw_minibatches(self, batches, size, count, seed, iteration):
-        """References to an iteration's `count` mini-batches, each `size` images of a random batch."""
-        chosen = [random_batch(batches, seed, "batch", iteration, index) for index in range(count)]
-        helpers = self.at([batch.images for batch in chosen])
-        keys = [(seed, "crop", iteration, index) for index in range(count)]
-        return [
-            helper.draw_minibatch.remote(batch.images, batch.labels, size, key)
-            for helper, batch, key in zip(helpers, chosen, keys, strict=True)
-        ]
+        """An iteration's `count` Drawn mini-batches, each `size` images of a random batch."""
+        drawn = []
+        for index in range(count):
+            batch = random_batch(batches, seed, "batch", iteration, index)
+            key = seed, "crop", iteration, index
+            drawn.append(Drawn(self, "draw_minibatch", batch, size, key))
+            drawn[-1].ref()  # now, ahead of time
+        return drawn
 
     def draw_sample(self, batches, size, seed, iteration):
-        """A reference to at most `size` images of a random batch, for an accuracy."""
-        batch = random_batch(batches, seed, "accuracy", iteration)
-        (helper,) = self.at([batch.images])
-        return helper.draw_sample.remote(batch.images, batch.labels, size)
+        """A Drawn mini-batch of at most `size` images of a random batch, for an accuracy."""
+        return Drawn(self, "draw_sample", random_batch(batches, seed, "accuracy", iteration), size)
+
+    def draw_piece(self, batch, start, stop):
+        """A Drawn mini-batch of the images `start` to `stop` of a batch, to validate on."""
+        return Drawn(self, "draw_piece", batch, start, stop)
 
     def pass_on(self, ref, nodes):
         """Start to copy an object from this node to others, in rounds.
@@ -151,7 +423,7 @@ class Helpers:
             arrived |= zip(now, before, strict=True)
         return arrived
 
-    def add_gradients(self, gradients, nodes):
+    def add_gradients(self, gradients, nodes, say, timeout):
         """Sets of gradients, given as references, added up to one or two sets, returned as arrays.
 
         `nodes` names the node on which each set lies. Sets are added two by two in the order of the
@@ -163,7 +435,14 @@ class Helpers:
         while len(placed) > 2 or (len(placed) == 2 and self.here not in (placed[0][1], placed[1][1])):
             pairs = [placed[i : i + 2] for i in range(0, len(placed), 2)]
             placed = [self._add(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-        return ray.get([gradients for gradients, _ in placed])
+        refs = [gradients for gradients, _ in placed]
+        restart = time.monotonic() + timeout
+        while ray.wait(refs, num_returns=len(refs), timeout=min(PATIENCE, timeout))[1]:
+            say("The gradients are still added up")
+            if time.monotonic() >= restart:
+                self.restart_hung()
+                restart += timeout
+        return ray.get(refs)
 
     def _add(self, first, second):
         (a, _), (b, node) = first, second

@@ -6,7 +6,9 @@ This file tells the whole story from top to bottom, in the chapters of the origi
 modules hold the details. Edit the hyperparameters here, in the source.
 """
 
+import _thread
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -16,6 +18,10 @@ from functools import partial
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while the imports take their seconds
+
+# The run says in a line what Ray's processes say of faults in twenty; Ray reads this when it loads.
+faults = "Raylet is|The node with|A worker died|Task .* failed|.*killed due to|WARNING: .* processes"
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", f"^({faults})")
 
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
@@ -30,8 +36,9 @@ import workers
 NUM_WORKERS = None  # workers, and mini-batches an iteration; None: as many as the cluster has room for
 CPUS_PER_WORKER = 1  # CPUs, and so TensorFlow threads, of one worker
 GPUS_PER_WORKER = 0  # GPUs of one worker
-WORKER_WAIT = 300  # seconds to wait for room for all workers, on a cluster that may still grow
-WORKER_TIMEOUT = 300  # seconds after which a worker that does not answer is replaced
+WORKER_WAIT = 300  # seconds that a worker has to start, and to wait for room where there is none
+WORKER_TIMEOUT = 300  # seconds of computing after which a worker that does not answer is replaced
+TASK_TIMEOUT = 1800  # seconds after which a task on data that does not end, such as a tar, is run again
 MINI_BATCH = 20  # images a worker computes one gradient on
 SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two: r rounds mix 2^r tars
 ACCURACY_EVERY = 10  # iterations between two accuracies
@@ -51,58 +58,60 @@ LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
 
 
-def train(args, stop, report, actor, can_grow):
+def train(args, stop, report, outcome, actor, can_grow):
     """The write-up, chapter by chapter: load, label, shuffle, then synchronous data-parallel SGD."""
     say, bucket = report.say, args.s3_bucket
 
     # ---- Where to begin: at a checkpoint of the same network and seed, or at iteration 0
-    checkpoints, model = results.Checkpoints(args.checkpoint_dir), results.SavedModel(args.export_dir)
-    report.draw(args.log_dir)
-    if not args.checkpoint_dir and not args.export_dir:
-        say("The trained weights end with this run: there is no --checkpoint-dir and no --export-dir")
     constants = {name: repr(value) for name, value in globals().items() if name.isupper()}
-    start = checkpoints.newest(say)
+    start = outcome.checkpoints.newest()
     start.must_match(constants, ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS"], say)
 
     # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
-    options = cluster.data_task_options()
-    training = load(bucket, args.key_prefix, args.label_file, say, options)
+    tasks = cluster.DataTasks(say, TASK_TIMEOUT, stop.fail)
+    training = load(bucket, args.key_prefix, args.label_file, say, tasks)
     start.must_match(source := training.source, ["tars", "labels"], say)
-    held_out = load(bucket, args.val_prefix, args.val_label_file, say, options)
+    held_out = load(bucket, args.val_prefix, args.val_label_file, say, tasks)
 
     # ---- AlexNet: one network in each worker, and the local one, which is trained
     resources = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-    num_workers = NUM_WORKERS or max(1, cluster.room_for_workers(**resources))
+    num_workers = NUM_WORKERS or max(1, sum(cluster.room_for_workers(**resources).values()))
     mini_batches = start.mini_batches or num_workers
     count = min(num_workers, mini_batches)
-    precision = PRECISION or start.precision or cluster.fastest_precision(GPUS_PER_WORKER)
+    precision = PRECISION or start.precision or cluster.fastest_precision(**resources)
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
     helpers = cluster.Helpers()
+    timeouts = WORKER_TIMEOUT, WORKER_WAIT
     pool = workers.Workers(
-        count, resources, network, precision, helpers, WORKER_TIMEOUT, report, can_grow, actor
+        count, resources, network, precision, helpers, timeouts, report, can_grow, actor
     )
     rule = alexnet.Momentum(LEARNING_RATE, LEARNING_RATE_DROPS, MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
     local = alexnet.AlexNet(**network, rule=rule)
     rng = functions.generator(SEED, "initial weights")
-    local.restore(start.state or local.initial_state(INITIAL_WEIGHTS, rng))
+    local.restore(start.state or local.initial_state(INITIAL_WEIGHTS, rng), start.iteration)
     start = start._replace(state=None)  # 500 MB that nobody needs from here on
 
     # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
-    batches = functions.match(training, say, **options)
-    held_out = functions.match(held_out, say, **options) if held_out else []
+    batches = functions.match(training, say, tasks)
+    held_out = functions.match(held_out, say, tasks) if held_out else []
     del training  # or its references would keep every batch twice
-    mean = functions.mean_image(batches, **options)
-    batches = functions.shuffle(batches, SHUFFLE_ROUNDS, SEED, say, **options)
+    mean_image = functions.mean_image(batches, say, tasks)
+    batches, mean = functions.shuffle(batches, SHUFFLE_ROUNDS, SEED, say, tasks), ray.put(mean_image)
 
     # ---- Training: iteration i is about the weights that i steps have made
-    pool.wait(WORKER_WAIT)
+    pool.wait()
     images = f"{mini_batches} mini-batches of {MINI_BATCH} images, in {precision}"
     say(f"{pool.count} workers; an iteration is {images}")
     if start.iteration:
         say(f"Resumed from {args.checkpoint_dir} at iteration {start.iteration}")
-    facts = {"mini_batches": mini_batches, "precision": precision, "run": constants | source}
+    elif can_grow and not NUM_WORKERS:
+        say("That stays so, however the cluster grows: NUM_WORKERS in driver.py waits for more workers")
+    start.must_match(machine := pool.machine(), [], say)
+    run = constants | source | machine
+    facts = {"mini_batches": mini_batches, "precision": precision, "run": run}
+    outcome.begin(local, facts, mean_image)
     draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
-    minibatches, stop.at_once = draw(start.iteration), False
+    minibatches = draw(start.iteration)
     report.start(start.iteration, batches, mean)
     for iteration in itertools.count(start.iteration):
         # The local network's weights go into the object store once, and from there to every worker.
@@ -112,11 +121,11 @@ def train(args, stop, report, actor, can_grow):
 
         # What these weights are worth: a checkpoint, a validation, or the end of the run.
         if iteration % CHECKPOINT_EVERY == 0:
-            checkpoints.save(iteration, local, facts)
+            outcome.save()
         due = iteration == args.iterations or iteration % VALIDATE_EVERY == 0
         if held_out and due and iteration > start.iteration:
             report.validation(iteration, *pool.validate(held_out, mean))
-        if stop.signum or iteration >= args.iterations:
+        if iteration >= args.iterations:
             break
         report.resume()
 
@@ -130,23 +139,17 @@ def train(args, stop, report, actor, can_grow):
         gradients, norm = pool.mean_gradients(rule.decays(alexnet.weight_shapes(LAYERS, NUM_CLASSES)))
         report.lap("gather")
         rate = rule.rate(iteration)
-        local.apply(gradients, norm, rate)
+        with stop.held():  # a step is made whole
+            local.apply(gradients, norm, rate)
         report.lap("apply")
         report.iteration(iteration, losses, mini_batches * MINI_BATCH, norm, rate)
         minibatches = upcoming
 
-    # ---- What the run leaves behind
-    checkpoints.save(iteration, local, facts)
-    checkpoints.wait()
-    model.write(local, ray.get(mean))
-    places = {"checkpoints": args.checkpoint_dir, "network": args.export_dir, "curves": args.log_dir}
-    report.end(iteration, places)
 
-
-def load(bucket, prefix, label_file, say, options):
+def load(bucket, prefix, label_file, say, tasks):
     """Start to load a data set's tars and labels: a functions.DataSet, which `match` waits for.
 
-    None if there is no prefix. `options` are Ray's for tasks.
+    None if there is no prefix. `tasks` are the cluster's DataTasks.
     """
     if prefix is None:
         return None
@@ -154,30 +157,48 @@ def load(bucket, prefix, label_file, say, options):
     say(f"s3://{bucket}/{prefix}*: {len(tars)} tars, {others} other keys left out")
     say(cluster.memory_needed(imagenet.estimate_images(bucket, tars)))
     # One remote task a tar downloads and decodes it into the object store.
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [imagenet.IMAGE_SIZE] * 2, **options)
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [imagenet.IMAGE_SIZE] * 2, tasks)
     # The dictionary of the label file goes into the object store once, for every `convert`.
     labels = imagenet.read_labels(bucket, label_file, NUM_CLASSES)
-    imagepairs, convert = ray.put(labels), functions.convert.options(**options)
-    converted = [functions.Converted(*convert.remote(tar.filenames, imagepairs)) for tar in loaded]
+    imagepairs = ray.put(labels)
+    converted = [
+        functions.Converted(*tasks.start(functions.convert, tar.filenames, imagepairs, num_returns=2))
+        for tar in loaded
+    ]
     etags = {tar.key: tar.etag for tar in tars}
     source = {"tars": imagenet.digest(etags), "labels": imagenet.digest(labels)}
     return functions.DataSet(bucket, prefix, label_file, loaded, converted, source)
 
 
 class Stop:
-    """SIGINT and SIGTERM: stop at once while `at_once`, else after the step; a second one at once."""
+    """What SIGINT, SIGTERM and SIGHUP do: they raise KeyboardInterrupt, but not while it is `held`."""
 
-    def __init__(self, say):
-        """Stop after the step; `say` prints a line."""
-        self.signum, self.at_once, self._say = 0, False, say
+    def __init__(self):
+        """No signal has come yet."""
+        self.signum, self.error, self._held = 0, None, False
 
     def __call__(self, signum, frame):
-        """Handle a signal."""
-        if self.signum or self.at_once:
-            self.signum = signum
+        """Handle a signal; a second one does not wait for anything."""
+        again, self.signum = self.signum, signum
+        if again or not self._held:
+            raise KeyboardInterrupt  # no other exception comes out of Ray's waits
+
+    def fail(self, error):
+        """End the run with an error that another thread has found, unless a signal ends it already."""
+        if not self.signum:
+            self.error = error
+            _thread.interrupt_main()
+
+    @contextlib.contextmanager
+    def held(self):
+        """What must not be left halfway: a signal that comes meanwhile stops the run at its end."""
+        before, self._held = self.signum, True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.signum != before:
             raise KeyboardInterrupt
-        self.signum = signum
-        self._say("Stopping after this step")
 
 
 def explain(error):
@@ -188,6 +209,8 @@ def explain(error):
         return f"a node's object store and disk are full: {hint}"
     if isinstance(cause, imagenet.InputError | cluster.ClusterError):
         return str(cause)
+    if isinstance(cause, RayError) and cause is not error:
+        return f"Ray cannot go on: {workers.first_line(cause)}"
     raise error
 
 
@@ -217,27 +240,39 @@ def main(argv=None, report=None, actor=functions.Worker):
 
     `report` is a results.Report: what watches the run, or measures it, hands in its own. `actor` is the
     class of the workers: a benchmark of all but computing hands in one that computes nothing. Returns
-    the exit status: 0, 2 (nothing to train), 130 or 143.
+    the exit status: 0; 2 where it cannot train; 3 where not all is saved; 129, 130, 143 after a signal.
     """
     args, report = read_flags(argv), report or results.Report()
-    stop, own_ray = Stop(report.say), not ray.is_initialized()
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop, own_ray = Stop(), not ray.is_initialized()
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in signals}
+    if handlers[signal.SIGHUP] == signal.SIG_IGN:
+        del handlers[signal.SIGHUP]  # nohup: the run outlives its terminal
+    for number in handlers:
+        signal.signal(number, stop)
     try:
+        with stop.held():  # Ray can crash if its start is interrupted
+            can_grow = cluster.connect()
+            for number in handlers:
+                signal.signal(number, stop)  # again: Ray's start sets a handler of its own
+        outcome = results.Outcome(args, report)
         try:
-            can_grow = cluster.connect()  # a step that is not interrupted: Ray can crash
-        except SystemExit as end:  # while it starts, Ray answers SIGTERM so
-            stop.signum = end.code
-        for number in handlers:
-            signal.signal(number, stop)  # again: Ray's start sets a handler of its own
-        stop.at_once = True
-        if stop.signum:
-            raise KeyboardInterrupt
-        train(args, stop, report, actor, can_grow)
+            train(args, stop, report, outcome, actor, can_grow)
+        finally:  # whatever the end is, what is trained is saved
+            failed = stop.error or isinstance(sys.exc_info()[1], Exception)
+            with stop.held():
+                whole = outcome.finish(failed)
+        status = 0 if whole else 3
     except KeyboardInterrupt:
-        stop.signum = stop.signum or signal.SIGINT
+        status = 128 + (stop.signum or signal.SIGINT)
+        if stop.error:
+            print(f"error: {stop.error}", file=sys.stderr)
+            status = 2
+    except SystemExit as end:  # while it starts, Ray answers SIGTERM so
+        status = 128 + end.code
     except (imagenet.InputError, cluster.ClusterError, RayError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
+        status = 2
     finally:
         for number in handlers:
             signal.signal(number, signal.SIG_IGN)  # the end takes a moment, and is not interrupted
@@ -245,8 +280,10 @@ def main(argv=None, report=None, actor=functions.Worker):
             ray.shutdown()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return 128 + stop.signum if stop.signum else 0
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a save that a second signal has given up may still wait for S3, in a thread

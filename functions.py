@@ -4,9 +4,15 @@ Everything random is drawn from a seed that is an argument: a task that runs aga
 object, makes the same object.
 """
 
+import itertools
 import math
+import os
+import platform
+import re
 import zlib
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 from pathlib import Path
 
 import cv2
@@ -15,7 +21,7 @@ import ray
 from ml_dtypes import bfloat16
 
 from decoding import one_line
-from imagenet import CROP_SIZE, InputError, report_loading
+from imagenet import CROP_SIZE, PATIENCE, InputError, report_loading
 
 # An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
 # for one slice, so that data tasks always find room beside workers: to rebuild a lost block, too.
@@ -24,6 +30,8 @@ CPU_SLICE = 0.05
 VALIDATION_STEP = 50  # images of a validation request that go through the network at once
 
 NO_LABEL = -1
+
+BLOCK = 2**19  # floats that are computed on at once: a few such blocks stay in the cache
 
 
 # References to `count` images uint8 [n, 256, 256, 3] and to their labels int32 [n].
@@ -46,6 +54,15 @@ def generator(*key):
     return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
 
 
+def cpu_model():
+    """The model of the CPU of the node that this runs on: on another one, the last bits may differ."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = ("model name", "cpu family", "model")
+    fields = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in names]
+    return " / ".join(field[1] for field in fields if field) or platform.processor()
+
+
 def multiplies_bfloat16():
     """Whether the CPU of the node that this runs on has instructions that multiply bfloat16."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -53,10 +70,29 @@ def multiplies_bfloat16():
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def wait_for(refs, say, what):
+    """Wait until all objects are there, and say every PATIENCE seconds how many are. Returns `refs`."""
+    left, count = refs, len(refs)
+    while left:
+        _, left = ray.wait(refs, num_returns=count, timeout=PATIENCE, fetch_local=False)
+        if left:
+            say(f"{what}: {count - len(left)} of {count} tasks are done")
+    return refs
+
+
+# Where an actor is: the ids of its node and its process, the CPU's model, has it bfloat16 instructions.
+Place = namedtuple("Place", "node pid cpu bfloat16")
+
+
+def place():
+    """The Place of the actor that calls this."""
+    node = ray.get_runtime_context().get_node_id()
+    return Place(node, os.getpid(), cpu_model(), multiplies_bfloat16())
+
+
 # ---- labels
 
 
-@ray.remote(num_returns=2)
 def convert(filenames, imagepairs):
     """Labels int32 [n] of n file names, NO_LABEL where the dict has none, and a small report.
 
@@ -72,19 +108,19 @@ def convert(filenames, imagepairs):
     return labels, report
 
 
-def match(data, say, **options):
+def match(data, say, tasks):
     """Match each array of images with its array of labels: wait for a DataSet, return its batches.
 
     Images without a label are dropped, and batches without an image. InputError if nothing is left.
-    `options` are Ray's for tasks.
+    `tasks` are the cluster's DataTasks, here and below.
     """
     report_loading(data.bucket, [tar.report for tar in data.loaded], say)
     batches = []
-    reports = ray.get([converted.report for converted in data.converted])
+    reports = ray.get(wait_for([converted.report for converted in data.converted], say, "Labels"))
     for tar, converted, report in zip(data.loaded, data.converted, reports, strict=True):
         images, labels = tar.images, converted.labels
         if report["unlabelled"] and report["images"]:
-            images, labels = drop_unlabelled.options(**options).remote(images, labels)
+            images, labels = tasks.start(drop_unlabelled, images, labels, num_returns=2)
         if report["images"]:
             batches.append(Batch(images, labels, report["images"]))
     missing = sum(report["unlabelled"] for report in reports)
@@ -98,7 +134,6 @@ def match(data, say, **options):
     return batches
 
 
-@ray.remote(num_returns=2)
 def drop_unlabelled(images, labels):
     """The images and labels of a batch without the images that have no label."""
     labelled = labels != NO_LABEL
@@ -115,16 +150,16 @@ def one_hot(labels, num_classes):
 # ---- shuffle and mean image
 
 
-def shuffle(batches, rounds, seed, say, **options):
+def shuffle(batches, rounds, seed, say, tasks):
     """Mix the batches in so many rounds, waiting for each: a list as long as before."""
     for number in range(rounds):
-        batches = shuffle_round(batches, seed, number, **options)
-        ray.wait([batch.labels for batch in batches], num_returns=len(batches), fetch_local=False)
+        batches = shuffle_round(batches, seed, number, tasks)
+        wait_for([batch.labels for batch in batches], say, f"Shuffle round {number + 1}")
         say(f"Shuffle round {number + 1} of {rounds} done")
     return batches
 
 
-def shuffle_round(batches, seed, number, **options):
+def shuffle_round(batches, seed, number, tasks):
     """Permute the batches and mix them two by two, disjointly; an odd one out waits for the next round.
 
     Round 0 permutes at random. A later one deals the list into two, so that two batches that were just
@@ -137,16 +172,15 @@ def shuffle_round(batches, seed, number, **options):
         permuted = [batches[i] for i in generator(seed, "permute").permutation(len(batches))]
     else:
         permuted = batches[::2] + batches[1::2]
-    mix = shuffle_pair.options(**options)
     mixed = permuted[len(permuted) // 2 * 2 :]
     for pair in range(len(permuted) // 2):
         a, b = permuted[2 * pair : 2 * pair + 2]
-        xa, ya, xb, yb = mix.remote(a.images, a.labels, b.images, b.labels, (seed, "mix", number, pair))
+        arguments = a.images, a.labels, b.images, b.labels, (seed, "mix", number, pair)
+        xa, ya, xb, yb = tasks.start(shuffle_pair, *arguments, num_returns=4)
         mixed += [Batch(xa, ya, a.count), Batch(xb, yb, b.count)]
     return mixed
 
 
-@ray.remote(num_returns=4)
 def shuffle_pair(images_a, labels_a, images_b, labels_b, key):
     """Two batches, mixed: every image is in exactly one of them; their sizes stay."""
     n = len(labels_a)
@@ -159,31 +193,24 @@ def shuffle_pair(images_a, labels_a, images_b, labels_b, key):
     return mixed[0], labels[:n], mixed[1], labels[n:]
 
 
-def mean_image(batches, **options):
-    """A reference to the mean of all images, float32 [256, 256, 3] (paper, section 2)."""
-    sums = [sum_images.options(**options).remote(batch.images) for batch in batches]
+def mean_image(batches, say, tasks):
+    """The mean of all images, float32 [256, 256, 3] (paper, section 2)."""
+    sums = [tasks.start(sum_images, batch.images) for batch in batches]
     while len(sums) > 1:  # integers: any order of additions gives the same sum
         pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
-        sums = [add.options(**options).remote(*p) if len(p) == 2 else p[0] for p in pairs]
-    return divide.options(**options).remote(sums[0], sum(batch.count for batch in batches))
+        sums = [tasks.start(add, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    [total] = ray.get(wait_for(sums, say, "Mean image"))
+    return (total / sum(batch.count for batch in batches)).astype(np.float32)
 
 
-@ray.remote
 def sum_images(images):
     """The sum over a batch's images: int64 [256, 256, 3]."""
     return images.sum(axis=0, dtype=np.int64)
 
 
-@ray.remote
 def add(a, b):
     """The sum of two arrays."""
     return a + b
-
-
-@ray.remote
-def divide(total, count):
-    """The mean of `count` images, float32, from their sum."""
-    return (total / count).astype(np.float32)
 
 
 # ---- mini-batches
@@ -240,10 +267,42 @@ def as_float32(array):
     return array.view(bfloat16).astype(np.float32) if array.dtype == np.uint16 else array
 
 
+def mean_of(sums, count, weights, decays, means):
+    """Write the mean of `count` gradients plus weight decay into `means`; returns its norm, a float.
+
+    The norm is not finite if any value is not. `sums` are the gradients' sum, or two parts of it, which
+    gives the same bits. `decays` are numbers, one a variable: how much of the weight is added. All else
+    are lists of arrays, one a variable: `means` float32, the others too or bfloat16's bits. It goes
+    through memory once, block by block. OpenCV saves 10 ms of an iteration of 585 (bfloat16,
+    `benchmarks/step.py` with NumPy instead), and its arithmetic decides the bits of every run.
+    """
+    rows = [[array.reshape(1, -1) for array in arrays] for arrays in (means, weights, *sums)]
+
+    def one_block(variable, start):
+        block = slice(start, start + BLOCK)  # of rows: OpenCV takes four values alone for a colour
+        mean, weight, *parts = (as_float32(arrays[variable][:, block]) for arrays in rows)
+        total = reduce(partial(np.add, out=mean), parts)
+        cv2.addWeighted(total, 1 / count, weight, decays[variable], 0, dst=mean)
+        return cv2.norm(mean, cv2.NORM_L2SQR)
+
+    places = [(i, start) for i, mean in enumerate(rows[0]) for start in range(0, mean.size, BLOCK)]
+    cpus = os.cpu_count()
+    shares = [places[len(places) * i // cpus : len(places) * (i + 1) // cpus] for i in range(cpus)]
+    with ThreadPoolExecutor(cpus) as threads:
+        squares = threads.map(lambda share: [one_block(*place) for place in share], shares)
+        return math.sqrt(sum(itertools.chain(*squares)))  # in the order of the blocks
+
+
+def all_finite(arrays):
+    """Whether no array holds a NaN or an infinity."""
+    return all(np.isfinite(as_float32(array)).all() for array in arrays)
+
+
 # ---- actors
 
 
-@ray.remote(num_cpus=CPU_SLICE, max_restarts=-1, max_task_retries=-1)
+# The byte of memory matters: Ray may start an actor that asks for nothing on another node than told.
+@ray.remote(num_cpus=0, memory=1, max_restarts=-1, max_task_retries=-1)
 class Helper:
     """Does a node's small jobs of every iteration in one warm process; Ray ends idle tasks' processes.
 
@@ -261,6 +320,14 @@ class Helper:
         """A MiniBatch of at most `count` images that are spread evenly over a batch."""
         chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
         return centre_minibatch(images, labels, chosen)
+
+    def draw_piece(self, images, labels, start, stop):
+        """A MiniBatch of the images `start` to `stop` of a batch."""
+        return centre_minibatch(images, labels, np.arange(start, stop))
+
+    def pid(self):
+        """The id of this process."""
+        return os.getpid()
 
     def fetch(self, refs, *before):
         """Copy objects to this node. Ray calls this once the results of calls `before` are there."""
@@ -285,9 +352,9 @@ class Worker:
         self.network = alexnet.AlexNet(**network)
         self.iteration = None
 
-    def node(self):
-        """The id of the node, once the network is built."""
-        return ray.get_runtime_context().get_node_id()
+    def place(self):
+        """The Place that this worker has, once the network is built."""
+        return place()
 
     def update_weights(self, iteration, weightrefs, passed_on=None):
         """Load an iteration's weights, unless they are loaded already.
@@ -312,14 +379,13 @@ class Worker:
         self.update_weights(iteration, weightrefs)
         return self.network.count_hits(*self._inputs(minibatch, mean))[0] / len(minibatch.labels)
 
-    def count_hits(self, iteration, weightrefs, images, labels, start, stop, mean):
-        """How many of a batch's images `start` to `stop` are right, top-1 and top-5: int [2]."""
+    def count_hits(self, iteration, weightrefs, minibatch, mean):
+        """How many of a MiniBatch's images are right, top-1 and top-5: int [2]."""
         self.update_weights(iteration, weightrefs)
         hits = np.zeros(2, int)
-        for first in range(start, stop, VALIDATION_STEP):
-            chosen = np.arange(first, min(first + VALIDATION_STEP, stop))
-            minibatch = centre_minibatch(images, labels, chosen)
-            hits += self.network.count_hits(*self._inputs(minibatch, mean))
+        for first in range(0, len(minibatch.labels), VALIDATION_STEP):
+            step = MiniBatch(*(part[first : first + VALIDATION_STEP] for part in minibatch))
+            hits += self.network.count_hits(*self._inputs(step, mean))
         return hits
 
     def _inputs(self, minibatch, mean):

@@ -8,12 +8,13 @@ import json
 import posixpath
 import re
 import sys
+import time
 from collections import namedtuple
 
 import boto3
 import cv2
 import ray
-from boto3.exceptions import Boto3Error
+from boto3.exceptions import Boto3Error, S3UploadFailedError
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
@@ -25,6 +26,10 @@ from decoding import decode_tar, one_line, tar_members
 
 IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
 CROP_SIZE = 224  # side of the square crop of it that the network sees, pixels (paper, section 4.1)
+
+STORM = 30  # seconds for which a tar is asked for anew if every attempt to read it breaks off
+
+PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
 
 MAX_NAMED = 5  # left-out members (or keys) that a report names; the others are only counted
 
@@ -80,6 +85,8 @@ def explain(error):
         return f"every attempt to read it broke off ({explain(error.last_exception)}): start again"
     if isinstance(error, S3DownloadFailedError):  # it has another ETag than listed
         return "has changed since it was listed: start again with the new data"
+    if isinstance(error, S3UploadFailedError) and error.__context__:
+        return explain(error.__context__)
     code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
     if code == "NoSuchBucket":
         return "no such bucket; check its name, AWS_ENDPOINT_URL and the region"
@@ -208,15 +215,19 @@ def estimate_images(bucket, tars):
     return round(total * len(members) / (members[-1].offset_data + members[-1].size))
 
 
-def load_tarfiles_from_s3(bucket, tars, size, **options):
+def load_tarfiles_from_s3(bucket, tars, size, tasks):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
-    `size` is [height, width] of the images, `options` are Ray's for the tasks.
+    `size` is [height, width] of the images, `tasks` are the cluster's DataTasks.
     """
     with s3_errors(bucket):
         where = s3_location()
-    load = ray.remote(load_tarfile).options(num_returns=3, scheduling_strategy="SPREAD", **options)
-    return [Loaded(*load.remote(bucket, tar, tuple(size), where)) for tar in tars]
+    options = {"num_returns": 3, "scheduling_strategy": "SPREAD"}
+    names = [f"s3://{bucket}/{one_line(tar.key)}" for tar in tars]
+    return [
+        Loaded(*tasks.start(load_tarfile, bucket, tar, tuple(size), where, name=name, **options))
+        for tar, name in zip(tars, names, strict=True)
+    ]
 
 
 def report_loading(bucket, report_refs, say):
@@ -227,7 +238,10 @@ def report_loading(bucket, report_refs, say):
     reports, left = [], list(report_refs)
     bar = tqdm(total=len(left), desc="Loading", unit="tar", disable=not sys.stderr.isatty())
     while left:
-        done, left = ray.wait(left, num_returns=1)
+        done, left = ray.wait(left, num_returns=1, timeout=PATIENCE)
+        if not done:
+            say(f"Loading: {len(left)} tars are still read")
+            continue
         try:
             reports += ray.get(done)
         except ray.exceptions.RayTaskError as error:
@@ -253,10 +267,25 @@ def report_loading(bucket, report_refs, say):
 def load_tarfile(bucket, tar, size, where):
     """What a load task does: one Tar as images, their names and a report, the values of a Loaded."""
     cv2.setNumThreads(1)  # tasks run side by side
-    images, names, left_out = decode_tar(download(bucket, tar.key, tar.etag, where), size)
+    images, names, left_out = decode_tar(download_patiently(bucket, tar, where), size)
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
     report = {"key": tar.key, "images": len(names), "left_out": len(left_out), "named": named}
     return images, names, report
+
+
+def download_patiently(bucket, tar, where):
+    """`download` of a Tar; if S3 breaks off every attempt, it is asked again for STORM seconds.
+
+    boto3 waits between attempts of a request, but not between those of a body that breaks off.
+    """
+    deadline = time.monotonic() + STORM
+    while True:
+        try:
+            return download(bucket, tar.key, tar.etag, where)
+        except InputError as error:
+            if time.monotonic() > deadline or not isinstance(error.__cause__, RetriesExceededError):
+                raise
+            time.sleep(2)
 
 
 def download(bucket, key, etag=None, where=None, config=PATIENT, parts=PARTS):

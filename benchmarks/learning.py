@@ -219,7 +219,8 @@ def first_losses(args):
         def iteration(self, iteration, losses, *others):
             super().iteration(iteration, losses, *others)
             what = driver.MINI_BATCH, WORKERS, driver.SEED, iteration
-            minibatches = ray.get(self.helpers.draw_minibatches(self.batches, *what))
+            drawn = self.helpers.draw_minibatches(self.batches, *what)
+            minibatches = ray.get([minibatch.ref() for minibatch in drawn])
             gradients, own_losses = [], []
             for index, minibatch in enumerate(minibatches):
                 images = functions.subtract_mean(minibatch, self.mean)

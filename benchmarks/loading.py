@@ -77,10 +77,18 @@ def wait_for(loaded):
     return sum(map(len, ray.get([names for _, names, *_ in loaded])))
 
 
-def load_ours(tars):
+def data_tasks():
+    """What starts tasks on data, as in driver.py."""
+    return cluster.DataTasks(silent, driver.TASK_TIMEOUT, silent)
+
+
+def silent(*_):
+    """Do nothing: a part of driver.py that leaves only connecting, and a `say` that prints no line."""
+
+
+def load_ours(tars, tasks):
     """As driver.py does."""
-    options = cluster.data_task_options()
-    return wait_for(imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, **options))
+    return wait_for(imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks))
 
 
 def resize_as_written(data):
@@ -98,7 +106,6 @@ def open_tar(tar, where):
     return tarfile.open(fileobj=body)
 
 
-@ray.remote(num_returns=2, scheduling_strategy="SPREAD")
 def load_tar_as_written(tar, where):
     """The write-up's way with one tar: one array an image, then all as one."""
     images, names = [], []
@@ -109,10 +116,11 @@ def load_tar_as_written(tar, where):
     return np.concatenate(images), names
 
 
-def load_as_written(tars):
+def load_as_written(tars, tasks):
     """The write-up's way, in the same kind of tasks as ours."""
-    where, load = imagenet.s3_location(), load_tar_as_written.options(**cluster.data_task_options())
-    return wait_for([load.remote(tar, where) for tar in tars])
+    where = imagenet.s3_location()
+    options = {"num_returns": 2, "scheduling_strategy": "SPREAD"}
+    return wait_for([tasks.start(load_tar_as_written, tar, where, **options) for tar in tars])
 
 
 def decode_batch(batch):
@@ -176,17 +184,19 @@ def speed(load, tars, images):
     return images / seconds / CPUS
 
 
-def speeds(tars, images, repeats):
+def speeds(tars, tasks, images, repeats):
     """Our images a second and core, from S3 into memory, against other ways to load."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every run
     others = {
-        "the write-up's way": (load_as_written, ">= 1.7"),
+        "the write-up's way": (partial(load_as_written, tasks=tasks), ">= 1.7"),
         "ray.data": (load_with_ray_data, "> 1"),
         "tf.data, bilinear": (partial(load_with_tf_data, antialias=True), "> 1"),
         "tf.data, area": (partial(load_with_tf_data, method="area"), "> 1"),
     }
-    loads = {"ours": load_ours} | {name: load for name, (load, _) in others.items()}
+    loads = {"ours": partial(load_ours, tasks=tasks)} | {
+        name: load for name, (load, _) in others.items()
+    }
     ways = {name: partial(speed, load, tars, images) for name, load in loads.items()}
     results = take_turns(ways, repeats)
     return [
@@ -195,7 +205,7 @@ def speeds(tars, images, repeats):
     ]
 
 
-def resized(s3, photos, repeats):
+def resized(s3, tasks, photos, repeats):
     """The same photos, resized as stage_imagenet.py --resize 256 does, against as they are."""
     kinds = {"resized": [resize(photo, SIZE[0]) for photo in photos], "full": photos}
     copies, ways = -(-PASS_IMAGES // len(photos)), {}
@@ -204,7 +214,8 @@ def resized(s3, photos, repeats):
         for copy in range(copies):
             s3.put_object(Bucket=BUCKET, Key=f"{name}/{copy}.tar", Body=tar)
         tars, _ = imagenet.list_tars(BUCKET, f"{name}/")
-        ways[name] = partial(speed, load_ours, tars, copies * len(photos))
+        load = partial(load_ours, tasks=tasks)
+        ways[name] = partial(speed, load, tars, copies * len(photos))
     results, sizes = take_turns(ways, repeats), {k: [len(b"".join(v)) / 1e6] for k, v in kinds.items()}
     return [
         Row("staged with --resize 256, size", sizes["resized"], sizes["full"], "MB", "<= 1"),
@@ -212,7 +223,6 @@ def resized(s3, photos, repeats):
     ]
 
 
-@ray.remote
 def load_and_time(tar, where):
     """Do what our load task does, the copy in the object store too; returns images and CPU-seconds."""
     start = time.process_time()
@@ -221,10 +231,11 @@ def load_and_time(tar, where):
     return len(images), time.process_time() - start
 
 
-def images_per_cpu_second_in_tasks(tars):
+def images_per_cpu_second_in_tasks(tars, tasks):
     """Images that our load tasks load in a CPU-second of theirs."""
-    where, load = imagenet.s3_location(), load_and_time.options(**cluster.data_task_options())
-    images, seconds = zip(*ray.get([load.remote(tar, where) for tar in tars]), strict=True)
+    where = imagenet.s3_location()
+    loaded = ray.get([tasks.start(load_and_time, tar, where) for tar in tars])
+    images, seconds = zip(*loaded, strict=True)
     return sum(images) / sum(seconds)
 
 
@@ -237,11 +248,11 @@ def images_per_cpu_second_in_loop(photos):
     return len(photos) / (time.process_time() - start)
 
 
-def overhead(tars, photos, repeats):
+def overhead(tars, tasks, photos, repeats):
     """What a load task does per CPU-second, against a bare loop of our decoder."""
-    tasks = partial(images_per_cpu_second_in_tasks, tars)
+    in_tasks = partial(images_per_cpu_second_in_tasks, tars, tasks)
     loop = partial(images_per_cpu_second_in_loop, photos)
-    results = take_turns({"tasks": tasks, "loop": loop}, repeats)
+    results = take_turns({"tasks": in_tasks, "loop": loop}, repeats)
     measure = "load tasks, against a loop over bytes in memory"
     return Row(measure, results["tasks"], results["loop"], "images/CPU-s", ">= 0.9")
 
@@ -265,7 +276,8 @@ def peak_memory(tars):
     start = 0
     while not start:  # the worker may end before it is looked at
         start = measuring.private_memory(ray.get(idle.remote()))
-    [(images, _, _)] = imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE)
+    tasks = data_tasks()
+    [(images, _, _)] = imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks)
     peak = start
     while not ray.wait([images], timeout=0.01, fetch_local=False)[0]:
         peak = max(peak, *map(measuring.private_memory, measuring.ray_workers()))
@@ -301,30 +313,27 @@ def start_driver():
     return seconds
 
 
-def silent(*_):
-    """Do nothing: a part of driver.py that leaves only connecting, and a `say` that prints no line."""
-
-
 def load_and_shuffle(can_grow):
     """driver.py without networks, until its data is ready."""
-    options = cluster.data_task_options()
-    training = driver.load(BUCKET, PREFIX, "train.txt", silent, options)
-    batches = functions.match(training, silent, **options)
+    tasks = data_tasks()
+    training = driver.load(BUCKET, PREFIX, "train.txt", silent, tasks)
+    batches = functions.match(training, silent, tasks)
     del training  # as in driver.py
-    mean = functions.mean_image(batches, **options)
-    return functions.shuffle(batches, driver.SHUFFLE_ROUNDS, driver.SEED, silent, **options), mean
+    mean = functions.mean_image(batches, silent, tasks)
+    return functions.shuffle(batches, driver.SHUFFLE_ROUNDS, driver.SEED, silent, tasks), mean
 
 
 def start_workers(can_grow):
     """driver.py without data, until its networks are ready."""
     resources = {"cpus": driver.CPUS_PER_WORKER, "gpus": driver.GPUS_PER_WORKER}
     network = {"layers": driver.LAYERS, "num_classes": driver.NUM_CLASSES}
-    precision = driver.PRECISION or cluster.fastest_precision(driver.GPUS_PER_WORKER)
-    count = driver.NUM_WORKERS or max(1, cluster.room_for_workers(**resources))
-    options = cluster.Helpers(), driver.WORKER_TIMEOUT, Report(), can_grow
+    precision = driver.PRECISION or cluster.fastest_precision(**resources)
+    count = driver.NUM_WORKERS or max(1, sum(cluster.room_for_workers(**resources).values()))
+    timeouts = driver.WORKER_TIMEOUT, driver.WORKER_WAIT
+    options = cluster.Helpers(), timeouts, Report(), can_grow
     pool = workers.Workers(count, resources, network, precision, *options)
     local = measuring.driver_network()
-    pool.wait(driver.WORKER_WAIT)
+    pool.wait()
     return pool, local
 
 
@@ -397,9 +406,11 @@ def main():
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
         cluster.connect(num_cpus=CPUS, _system_config=warm)
-        report(*speeds(tars, copies * len(photos), args.repeats))
-        report(overhead(tars, photos, args.repeats))
-        report(*resized(s3, photos, args.repeats))
+        tasks = data_tasks()
+        report(*speeds(tars, tasks, copies * len(photos), args.repeats))
+        report(overhead(tars, tasks, photos, args.repeats))
+        report(*resized(s3, tasks, photos, args.repeats))
+        del tasks
         ray.shutdown()
         report(quality(photos))
         report(memory(s3, photos, args.repeats))

@@ -19,6 +19,7 @@ import ray
 from measuring import NUM_CLASSES, WORKERS, loopback, run_apart, spread, watch
 from ray.cluster_utils import Cluster
 
+import functions
 from tests.support import fill_bucket
 
 MINI_BATCH = 20
@@ -35,8 +36,8 @@ class Returner:
     def __init__(self, network):
         pass
 
-    def node(self):
-        return ray.get_runtime_context().get_node_id()
+    def place(self):
+        return functions.place()
 
     def update_weights(self, iteration, weightrefs, there):
         pass
@@ -90,16 +91,16 @@ def measure(nodes, iterations):
     with loopback() as s3:
         fill_bucket(s3, "scaling", images_per_class=60)
         quick = {"metrics_report_interval_ms": 500}
-        cluster = Cluster(initialize_head=True, head_node_args=size | {"_system_config": quick})
+        machines = Cluster(initialize_head=True, head_node_args=size | {"_system_config": quick})
         for _ in range(nodes - 1):
-            cluster.add_node(**size)
-        os.environ["RAY_ADDRESS"] = cluster.address
+            machines.add_node(**size)
+        os.environ["RAY_ADDRESS"] = machines.address
         cluster.connect()
         head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
         flags = ["--s3-bucket", "scaling", "--iterations", str(WARM_UP + iterations)]
         status = driver.main(flags, report=watch(stand_still), actor=Returner)
         ray.shutdown()
-        cluster.shutdown()
+        machines.shutdown()
     if status:
         raise RuntimeError(f"driver.py ended with {status}")
     return head, seconds[-iterations:], np.diff(counts, axis=0)[-iterations:]

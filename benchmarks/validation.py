@@ -41,10 +41,10 @@ def start_workers(precision):
     os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
     can_grow = cluster.connect(num_cpus=WORKERS)
     network = {"layers": alexnet.LAYERS, "num_classes": NUM_CLASSES}
-    run = {"helpers": cluster.Helpers(), "timeout": 300, "report": results.Report()}
+    run = {"helpers": cluster.Helpers(), "timeouts": (300, 100), "report": results.Report()}
     share = {"cpus": 1, "gpus": 0}
     pool = workers.Workers(WORKERS, share, network, precision, **run, can_grow=can_grow)
-    pool.wait(100)
+    pool.wait()
     pool.update_weights(0, ray.put(initial_weights(alexnet.LAYERS, precision)))
     return pool
 

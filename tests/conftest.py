@@ -3,11 +3,13 @@
 import os
 import uuid
 
+import driver  # before Ray, to which it says what to leave out
+
+# isort: split
 import pytest
 import ray
 
 import cluster
-import driver
 from tests import support
 
 
@@ -31,12 +33,28 @@ def one_ray(s3):
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def tasks(one_ray):
+    """What starts tasks on data, on the session's Ray."""
+    return cluster.DataTasks(print, 300, print)
+
+
 @pytest.fixture
 def bucket(s3):
     """The name of a new, empty bucket."""
     name = f"test-{uuid.uuid4().hex}"
     s3.create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture(scope="session")
+def undisturbed(one_ray, photos, tmp_path_factory):
+    """Checksums of a run that nothing disturbs, with 2 mini-batches an iteration."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        support.thin_constants(patch)
+        assert support.train_here(photos, folder) == 0
+    return support.checksums(folder)
 
 
 @pytest.fixture

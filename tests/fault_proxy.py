@@ -30,7 +30,8 @@ class Request:
 class FaultProxy(ThreadingHTTPServer):
     """Passes requests on to an S3 server, with faults; keeps a list of the `requests`.
 
-    `faults` holds, by (method, key), an iterator of what happens to each request in turn:
+    `faults` holds, by (method, key), an iterator of what happens to each request in turn; `always`
+    holds, by method, what happens to all others:
 
     | fault    | the client                                                   |
     | -------- | ------------------------------------------------------------ |
@@ -51,12 +52,23 @@ class FaultProxy(ThreadingHTTPServer):
     def __init__(self, endpoint):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.endpoint, self.url = endpoint, f"http://127.0.0.1:{self.server_port}"
-        self.faults, self.requests = {}, []
+        self.faults, self.always, self.requests = {}, {}, []
         self.lock, self.closing = threading.Lock(), threading.Event()
 
     def next_fault(self, method, key):
         with self.lock:
-            return next(self.faults.get((method, key), iter(())), None)
+            return next(self.faults.get((method, key), iter(())), self.always.get(method))
+
+    @contextlib.contextmanager
+    def held(self, method):
+        """Keep the answers to a method back for a while; yields a function that lists the requests."""
+        goes_on = threading.Event()
+        self.always[method] = goes_on.wait
+        try:
+            yield lambda: [request for request in self.requests if request.fault == goes_on.wait]
+        finally:
+            del self.always[method]
+            goes_on.set()
 
     def shutdown_request(self, request):
         request.close()  # and no orderly end before it, so that a reset is one

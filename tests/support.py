@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -171,6 +172,23 @@ def train(bucket, *options, **hooks):
     return driver.main(["--s3-bucket", bucket, *map(str, options)], **hooks)
 
 
+ITERATIONS = 30  # of the session's undisturbed run
+
+
+def train_here(bucket, folder, iterations=ITERATIONS, *options, **hooks):
+    """driver.py in this process, which saves in a folder or in S3."""
+    return train(bucket, "--iterations", iterations, "--checkpoint-dir", folder, *options, **hooks)
+
+
+def train_elsewhere(
+    bucket, folder, address, *settings, iterations=ITERATIONS, flags=(), environment=None
+):
+    """driver.py as a process, with two workers on the Ray at an address."""
+    flags = ["--s3-bucket", bucket, "--checkpoint-dir", folder, "--iterations", iterations, *flags]
+    settings = ["NUM_WORKERS=2", *settings]
+    return thin_driver(*settings, *flags, address=address, environment=environment)
+
+
 def two_workers(**actor):
     """A pool of two workers with the thin network, which are up; `actor` may be another class."""
     import cluster
@@ -179,11 +197,28 @@ def two_workers(**actor):
 
     network, share = {"layers": THIN, "num_classes": 10}, {"cpus": 1, "gpus": 0}
     pool = workers.Workers(
-        *(2, share, network, "float32", cluster.Helpers(), 100, results.Report(), False),
+        *(2, share, network, "float32", cluster.Helpers(), (100, 60), results.Report(), False),
         **actor,
     )
-    pool.wait(60)
+    pool.wait()
     return pool
+
+
+class Given:
+    """A value in the place of a cluster.Drawn mini-batch; it is never drawn again."""
+
+    def __init__(self, value):
+        """Put the value into the object store."""
+        import ray
+
+        self._ref = ray.put(value)
+
+    def ref(self):
+        """The value's reference."""
+        return self._ref
+
+    def let_go(self):
+        """Keep it: there is nothing to draw it from."""
 
 
 Note = namedtuple("Note", "method pid iteration weights")
@@ -197,6 +232,7 @@ def noting_worker(folder):
     import ray
 
     import alexnet
+    import functions
 
     shapes = alexnet.weight_shapes(THIN, 10)
     place = folder / "notes"
@@ -210,8 +246,8 @@ def noting_worker(folder):
         def __init__(self, network):
             self.gradients = [np.zeros(shape, np.float32) for shape in shapes]
 
-        def node(self):
-            return ray.get_runtime_context().get_node_id()
+        def place(self):
+            return functions.place()
 
         def update_weights(self, iteration, weightrefs, passed_on=None):
             note("update_weights", iteration, weightrefs)
@@ -229,7 +265,7 @@ def noting_worker(folder):
             note("print_accuracy", iteration, weightrefs)
             return 0.5
 
-        def count_hits(self, iteration, weightrefs, images, labels, start, stop, mean):
+        def count_hits(self, iteration, weightrefs, minibatch, mean):
             note("count_hits", iteration, weightrefs)
             return np.zeros(2, int)
 
@@ -251,13 +287,17 @@ def checksums(folder):
     return {name: hashlib.sha256(reader.get_tensor(name).tobytes()).hexdigest() for name in names}
 
 
-def fingerprint(batches):
-    """A fingerprint of a multiset of images with their labels, given as pairs of arrays."""
-    pairs = [
+def identify(images, labels):
+    """What an image and its label are: a pair of a hash and a number for each."""
+    return [
         (hashlib.sha256(image.tobytes()).hexdigest(), int(label))
-        for images, labels in batches
         for image, label in zip(images, labels, strict=True)
     ]
+
+
+def fingerprint(batches):
+    """A fingerprint of a multiset of images with their labels, given as lists of `identify`."""
+    pairs = list(itertools.chain(*batches))
     return f"{len(pairs)} images: {hashlib.sha256(repr(sorted(pairs)).encode()).hexdigest()}"
 
 
@@ -270,6 +310,7 @@ class Run:
     def __init__(self, command, environment, **options):
         """Start it; `options` are Popen's."""
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        streams |= {"stdin": subprocess.PIPE, "bufsize": 1}
         self.process = subprocess.Popen(command, env=environment, **streams, **options)
         self.pid, self._lines, self._news = self.process.pid, [], threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -284,11 +325,23 @@ class Run:
         """All that has come so far, standard error too."""
         return "".join(self._lines)
 
-    def wait_for(self, text, seconds=120):
-        """Wait until the output holds a text."""
+    def wait_for(self, text, seconds=120, after=""):
+        """Wait until the output holds a text, which comes after an earlier state of the output."""
+
+        def came():
+            return text in self.output()[len(after) :]
+
         with self._news:
-            came = self._news.wait_for(lambda: text in self.output() or "[end]" in self._lines, seconds)
-        assert came and text in self.output(), f"{text!r} did not come:\n{self.output()}"
+            self._news.wait_for(lambda: came() or "[end]" in self._lines, seconds)
+        assert came(), f"{text!r} did not come:\n{self.output()}"
+
+    @contextlib.contextmanager
+    def paused(self, iteration, phase):
+        """What is done while thin_driver.py stands still, as its PAUSES say."""
+        self.wait_for(f"Paused after {phase} of iteration {iteration}\n")
+        yield
+        with contextlib.suppress(BrokenPipeError):  # it may have ended meanwhile
+            self.process.stdin.write("\n")
 
     def wait(self, seconds=200):
         """Wait for the end; the exit status."""
@@ -300,11 +353,16 @@ class Run:
         """End it at once."""
         self.process.kill()
         self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 @contextlib.contextmanager
 def thin_driver(*arguments, address="local", environment=None, **options):
-    """A Run of thin_driver.py with settings and flags, on the Ray at an address; killed at the end."""
+    """A Run of thin_driver.py with settings and flags, on the Ray at an address; killed at the end.
+
+    Its output is printed then, which pytest shows if the test has failed.
+    """
     command = [sys.executable, "-u", str(ROOT / "tests" / "thin_driver.py"), *map(str, arguments)]
     environment = os.environ | {"RAY_ADDRESS": address} | (environment or {})
     run = Run(command, environment, **options)
@@ -312,14 +370,31 @@ def thin_driver(*arguments, address="local", environment=None, **options):
         yield run
     finally:
         run.kill()
+        print(run.output())
 
 
 def workers_of(pid):
     """The worker processes below a process."""
+    return titled(pid, "ray::Worker")
+
+
+def titled(pid, start):
+    """The processes below a process that call themselves something that starts so."""
     import psutil  # Ray brings it
 
-    below = psutil.Process(pid).children(recursive=True)
-    return [process for process in below if title(process).startswith("ray::Worker")]
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(pid).children(recursive=True)
+        return [process for process in below if title(process).startswith(start)]
+    return []
+
+
+def wait_until(condition, seconds=60):
+    """Wait until a function returns something true; that. AssertionError if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "this did not come true"
+        time.sleep(0.02)
+    return value
 
 
 def title(process):
@@ -329,3 +404,31 @@ def title(process):
     with contextlib.suppress(psutil.Error, IndexError):
         return process.cmdline()[0]
     return ""
+
+
+def fingerprints(output):
+    """The fingerprints of all images that thin_driver.py has printed."""
+    return re.findall(r"^\d+ images: \w{64}$", output, re.M)
+
+
+def contents(bucket):
+    """What must be in the object store: the fingerprint of a bucket's images, each with its label."""
+    import decoding
+    import imagenet
+
+    labels = imagenet.read_labels(bucket, "train.txt", 10)
+    pairs = []
+    for tar in imagenet.list_tars(bucket, "")[0]:
+        images, names, _ = decoding.decode_tar(imagenet.download(bucket, tar.key), (256, 256))
+        pairs.append(identify(images, [labels[name] for name in names]))
+    return fingerprint(pairs)
+
+
+# What Ray's processes say, a line of C++ with its file and line, or an error that nobody has caught.
+NOISE = r"\(raylet|\(gcs_server|core_worker|\.cc:\d+|Traceback|^\[?[EFW]\d{4} |^\s+File "
+
+
+def assert_clean(output):
+    """A user who reads a run's output sees the run's lines, and nothing of Ray's or TensorFlow's."""
+    noise = [line for line in output.splitlines() if re.search(NOISE, line)]
+    assert not noise, "\n".join(noise)

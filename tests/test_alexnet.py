@@ -243,7 +243,9 @@ RUN, FIXED = {"SEED": "0", "LEARNING_RATE": "0.1"}, ["SEED"]
 
 
 def save(checkpoints, iteration, network):
-    checkpoints.save(iteration, network, {"mini_batches": 2, "precision": "float32", "run": RUN})
+    network.iteration = iteration
+    checkpoints.claim()
+    checkpoints.save(network, {"mini_batches": 2, "precision": "float32", "run": RUN})
     checkpoints.wait()
 
 
@@ -255,7 +257,7 @@ def place(request, tmp_path):
 
 
 def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
-    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path))
+    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path), print)
     for iteration in range(6):  # of which 0 needs none
         save(checkpoints, iteration, network)
     assert tf.train.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
@@ -267,12 +269,12 @@ def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
 
 def test_resume_restores_weights_and_momentum(place):
     network = thin_network(momentum=0.9)
-    assert results.Checkpoints(place).newest(print) == results.Start(place)
+    assert results.Checkpoints(place, print).newest() == results.Start(place)
     gradients = [np.ones_like(w) for w in network.weights()]
     network.apply(gradients, 1.0, 0.1)
-    save(results.Checkpoints(place), 1, network)
+    save(results.Checkpoints(place, print), 1, network)
     network.apply(gradients, 1.0, 0.1)
-    start = results.Checkpoints(place).newest(print)
+    start = results.Checkpoints(place, print).newest()
     assert start._replace(state=None) == results.Start(place, None, 1, 2, "float32", RUN)
     other = thin_network(momentum=0.9)
     other.restore(start.state)
@@ -283,32 +285,33 @@ def test_resume_restores_weights_and_momentum(place):
 
 def test_without_a_place_nothing_is_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save(results.Checkpoints(None), 1, thin_network())
-    assert results.Checkpoints(None).newest(print) == results.Start(None)
+    save(results.Checkpoints(None, print), 1, thin_network())
+    assert results.Checkpoints(None, print).newest() == results.Start(None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_path):
-    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path))
+    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path), print)
     for iteration in (1, 2, 3):
         save(checkpoints, iteration, network)
+    del checkpoints  # as long as they are open, the folder is theirs
     data = tmp_path / "ckpt-3.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:-100] + bytes(100))
     index = tmp_path / "ckpt-2.index"
     index.write_bytes(index.read_bytes()[:50])
     (tmp_path / "checkpoint").write_text("nonsense")
     said = []
-    assert results.Checkpoints(str(tmp_path)).newest(said.append).iteration == 1
+    assert results.Checkpoints(str(tmp_path), said.append).newest().iteration == 1
     assert ["ckpt-3" in said[0], "ckpt-2" in said[1]] == [True, True]
     data = tmp_path / "ckpt-1.data-00000-of-00001"
     data.write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint is intact"):
-        results.Checkpoints(str(tmp_path)).newest(said.append)
+        results.Checkpoints(str(tmp_path), said.append).newest()
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path):
-    save(results.Checkpoints(str(tmp_path)), 1, thin_network())
-    start, said = results.Checkpoints(str(tmp_path)).newest(print), []
+    save(results.Checkpoints(str(tmp_path), print), 1, thin_network())
+    start, said = results.Checkpoints(str(tmp_path), print).newest(), []
     with pytest.raises(InputError, match=r"different are SEED \(was 0\)"):
         start.must_match(RUN | {"SEED": "1"}, FIXED, said.append)
     start.must_match({"SEED": "0"}, FIXED, said.append)
@@ -319,11 +322,25 @@ def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_p
     assert len(said) == 1
 
 
-def test_a_save_that_fails_is_one_clear_line(tmp_path):
-    checkpoints = results.Checkpoints(str(tmp_path / "there"))
-    (tmp_path / "there").rmdir()
-    (tmp_path / "there").write_text("a file in its place")
+def test_a_save_that_fails_is_one_clear_line_and_the_next_one_is_tried(tmp_path):
+    said, there, away, network = [], tmp_path / "there", tmp_path / "away", thin_network()
+    checkpoints = results.Checkpoints(str(there), said.append)
+    there.rename(away)
+    there.write_text("a file in its place")
+    save(checkpoints, 1, network)
+    assert len(said) == 1 and checkpoints.saved == 0
+    assert said[0].startswith("The checkpoint of iteration 1 is not saved: --checkpoint-dir ")
     with pytest.raises(InputError, match="--checkpoint-dir"):
-        save(checkpoints, 1, thin_network())
-    with pytest.raises(InputError, match="--checkpoint-dir"):
-        results.Checkpoints(str(tmp_path / "there" / "below"))
+        results.Checkpoints(str(there / "below"), print)
+    there.unlink()
+    away.rename(there)
+    save(checkpoints, 2, network)
+    assert len(said) == 1 and checkpoints.saved == 2
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    first = results.Checkpoints(str(tmp_path), print)
+    with pytest.raises(InputError, match=f"^--checkpoint-dir {tmp_path}: another run saves here$"):
+        results.Checkpoints(str(tmp_path), print)
+    del first
+    results.Checkpoints(str(tmp_path), print)

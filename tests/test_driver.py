@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -93,7 +94,7 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
     assert train(photos, "--iterations", 5, "--checkpoint-dir", tmp_path, report=report) == 0
     assert report.rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
     assert min(report.norms) > 0.01  # each step was shortened
-    state = results.Checkpoints(str(tmp_path)).newest(print).state
+    state = results.Checkpoints(str(tmp_path), print).newest().state
     last_step = [value for name, value in state.items() if name.endswith("/Momentum")]
     length = np.sqrt(sum(np.vdot(part, part) for part in last_step))
     assert length == pytest.approx(0.005 * 0.01, rel=1e-3)
@@ -159,7 +160,7 @@ def held_out(photos, finished):
 def session(finished, held_out):
     """One session with the weights of that run, and all images as it takes them."""
     network = alexnet.AlexNet(THIN, num_classes=10)
-    state = results.Checkpoints(str(finished[1] / "saved")).newest(print).state
+    state = results.Checkpoints(str(finished[1] / "saved"), print).newest().state
     network.restore(state)
     images, _ = held_out
     return network, (images - images.mean(axis=0).astype(np.float32))[:, 16:240, 16:240]
@@ -229,11 +230,7 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
         assert np.ptp(np.log(exported(photo)["probabilities"].numpy()) - logits) < 1e-4
 
 
-def test_a_second_run_gives_the_same_bits_with_gpus_too(
-    thin, one_ray, photos, finished, tmp_path, monkeypatch
-):
-    """The session's Ray counts GPUs that are none: TensorFlow goes on with the CPU."""
-    monkeypatch.setattr(thin, "GPUS_PER_WORKER", 1)
+def test_a_second_run_gives_the_same_bits(thin, one_ray, photos, finished, tmp_path):
     assert train(photos, "--iterations", 3, "--checkpoint-dir", tmp_path) == 0
     assert checksums(tmp_path) == checksums(finished[1] / "saved")
 
@@ -254,6 +251,23 @@ def test_another_seed_is_refused_before_anything_is_loaded(
     assert re.fullmatch(r"error: .*/saved is of another run: different are SEED \(was 0\); .*\n", err)
 
 
+def test_a_resume_on_another_cpu_is_told(thin, one_ray, photos, finished, tmp_path, capsys):
+    """The checkpoint is one of the run above, of which another CPU is said to have made it."""
+    reader = tf.train.load_checkpoint(str(finished[1] / "saved"))
+    state = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    facts = json.loads(state["facts"])
+    here, facts["run"]["CPU"] = facts["run"]["CPU"], "Abacus"
+    state["facts"] = json.dumps(facts).encode()
+    with tf.Graph().as_default(), tf.Session() as session:
+        there, names = str(tmp_path / "saved" / "ckpt-3"), list(state)
+        tensors = {"tensor_names": names, "tensors": [tf.constant(state[name]) for name in names]}
+        session.run(tf.raw_ops.SaveV2(prefix=there, shape_and_slices=[""] * len(names), **tensors))
+    flags = ["--iterations", 4, "--checkpoint-dir", tmp_path / "saved"]
+    assert train(photos, *flags, actor=noting_worker(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "at iteration 3\n" in out and f"CPU is {here} from here on, was Abacus\n" in out
+
+
 BEHIND_THE_CHECKOUT = """
 import sys
 from pathlib import Path
@@ -266,8 +280,8 @@ checkout.rename(checkout.with_name("gone"))  # from here on, no node can see it
 
 @ray.remote
 def carried():
-    import alexnet, decoding, functions, imagenet
-    return sorted({str(file) for module in (alexnet, decoding, functions, imagenet)
+    import alexnet, decoding, functions, imagenet, watching
+    return sorted({str(file) for module in (alexnet, decoding, functions, imagenet, watching)
                    for file in Path(module.__file__).parent.iterdir() if file.name != "__pycache__"})
 
 print(*ray.get(carried.remote()), sep="\\n")
@@ -292,5 +306,7 @@ def test_modules_and_nothing_else_reach_nodes_without_the_checkout(one_ray, tmp_
     )
     files = [Path(line) for line in output.stdout.split()]
     names = sorted(file.name for file in files)
-    assert names == ["alexnet.py", "decoding.py", "functions.py", "imagenet.py"], output.stderr
+    assert names == ["alexnet.py", "decoding.py", "functions.py", "imagenet.py", "watching.py"], (
+        output.stderr
+    )
     assert not any({tmp_path, ROOT} & set(file.parents) for file in files)

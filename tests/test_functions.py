@@ -22,24 +22,27 @@ def put_batches(sizes, side=256):
     return batches
 
 
-def test_convert_looks_names_up_and_reports_the_missing(one_ray):
-    pairs = ray.put({"a.JPEG": 3, "b.JPEG": 0})
-    labels, report = ray.get(functions.convert.remote(["b.JPEG", "c.JPEG", "a.JPEG"], pairs))
+def test_convert_looks_names_up_and_reports_the_missing():
+    pairs = {"a.JPEG": 3, "b.JPEG": 0}
+    labels, report = functions.convert(["b.JPEG", "c.JPEG", "a.JPEG"], pairs)
     assert labels.dtype == np.int32
     assert labels.tolist() == [0, NO_LABEL, 3]
     assert report == {"images": 2, "unlabelled": 1, "named": ["'c.JPEG'"]}
 
 
-def test_match_drops_unlabelled_images_and_empty_batches(one_ray):
+def test_match_drops_unlabelled_images_and_empty_batches(tasks):
     images = [ray.put(np.full((n, 4, 4, 3), n, np.uint8)) for n in (2, 3, 1, 0)]
     names = [["a", "b"], ["c", "x", "d"], ["y"], []]
     pairs = ray.put({"a": 0, "b": 1, "c": 2, "d": 3})
-    converted = [functions.Converted(*functions.convert.remote(batch, pairs)) for batch in names]
+    converted = [
+        functions.Converted(*tasks.start(functions.convert, batch, pairs, num_returns=2))
+        for batch in names
+    ]
     reports = [ray.put({"key": "a.tar", "images": 1, "left_out": 0}) for _ in images]
     loaded = [imagenet.Loaded(i, None, report) for i, report in zip(images, reports, strict=True)]
     said = []
     data = functions.DataSet("b", "", "train.txt", loaded, converted, {})
-    batches = functions.match(data, said.append)
+    batches = functions.match(data, said.append, tasks)
     assert [batch.count for batch in batches] == [2, 2]
     assert [ray.get(batch.labels).tolist() for batch in batches] == [[0, 1], [2, 3]]
     assert ray.get(batches[1].images).shape == (2, 4, 4, 3)
@@ -50,10 +53,10 @@ def test_match_drops_unlabelled_images_and_empty_batches(one_ray):
 
 
 @pytest.mark.parametrize("sizes", [(5, 3, 4, 1), (3, 2, 4), (6,)])
-def test_shuffle_keeps_every_image_once_with_its_label(one_ray, sizes):
+def test_shuffle_keeps_every_image_once_with_its_label(tasks, sizes):
     batches = put_batches(sizes, side=8)
     for number in range(5):
-        batches = functions.shuffle_round(batches, 0, number)
+        batches = functions.shuffle_round(batches, 0, number, tasks)
         images, labels = (ray.get([getattr(b, part) for b in batches]) for part in ("images", "labels"))
         assert sorted(np.concatenate(labels).tolist()) == list(range(sum(sizes)))
         for batch, pixels, label in zip(batches, images, labels, strict=True):
@@ -62,9 +65,9 @@ def test_shuffle_keeps_every_image_once_with_its_label(one_ray, sizes):
     assert sorted(batch.count for batch in batches) == sorted(sizes)
 
 
-def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(one_ray):
+def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(tasks):
     def shuffled(seed):
-        mixed = functions.shuffle_round(put_batches([50] * 4, side=2), seed, 0)
+        mixed = functions.shuffle_round(put_batches([50] * 4, side=2), seed, 0, tasks)
         return [ray.get(batch.labels).tolist() for batch in mixed]
 
     first = shuffled(1)
@@ -74,28 +77,28 @@ def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(one_ray):
         assert len({image // 50 for image in a}) == 2
 
 
-def test_after_three_rounds_a_batch_has_images_of_eight(one_ray):
+def test_after_three_rounds_a_batch_has_images_of_eight(tasks):
     batches = put_batches([160] * 8, side=1)
     for number in range(3):
-        batches = functions.shuffle_round(batches, 0, number)
+        batches = functions.shuffle_round(batches, 0, number, tasks)
     for labels in ray.get([batch.labels for batch in batches]):
         counts = np.bincount(labels // 160, minlength=8)
         assert counts.min() >= 8 and counts.max() <= 34  # 20 are due
 
 
-def test_an_odd_batch_out_takes_part_in_another_round(one_ray):
+def test_an_odd_batch_out_takes_part_in_another_round(tasks):
     batches = put_batches([40] * 3, side=2)
     for number in range(5):
-        batches = functions.shuffle_round(batches, 0, number)
+        batches = functions.shuffle_round(batches, 0, number, tasks)
     for batch in batches:
         assert len({image // 40 for image in ray.get(batch.labels).tolist()}) == 3
 
 
-def test_mean_image_is_exact(one_ray):
+def test_mean_image_is_exact(tasks):
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, (n, 6, 5, 3), np.uint8) for n in (4, 1, 7)]
     batches = [Batch(ray.put(a), None, len(a)) for a in arrays]
-    mean = ray.get(functions.mean_image(batches))
+    mean = functions.mean_image(batches, print, tasks)
     assert mean.dtype == np.float32
     np.testing.assert_array_equal(mean, np.concatenate(arrays).mean(axis=0).astype(np.float32))
 
@@ -114,7 +117,8 @@ def test_crop_image_crops_and_mirrors(dtype):
 
 def draw(batches, **changes):
     arguments = {"size": 20, "count": 2, "seed": 0, "iteration": 3} | changes
-    return ray.get(cluster.Helpers().draw_minibatches(batches, **arguments))
+    drawn = cluster.Helpers().draw_minibatches(batches, **arguments)
+    return ray.get([minibatch.ref() for minibatch in drawn])
 
 
 def test_minibatches_are_random_crops_decided_by_seed_iteration_and_index(one_ray):
@@ -148,10 +152,10 @@ def test_random_batch_is_as_likely_as_it_is_large():
 
 def test_an_accuracys_sample_is_bounded_and_cropped_at_the_centre(one_ray):
     helpers, batches = cluster.Helpers(), put_batches([250])
-    pixels, labels, crops = ray.get(helpers.draw_sample(batches, 100, 0, 0))
+    pixels, labels, crops = ray.get(helpers.draw_sample(batches, 100, 0, 0).ref())
     assert len(pixels) == 100 and len(set(labels.tolist())) == 100
     assert set(map(tuple, crops)) == {(16, 16, 0)}
-    assert len(ray.get(helpers.draw_sample(put_batches([7]), 100, 0, 0)).labels) == 7
+    assert len(ray.get(helpers.draw_sample(put_batches([7]), 100, 0, 0).ref()).labels) == 7
 
 
 def test_the_mean_is_subtracted_under_the_same_crop():

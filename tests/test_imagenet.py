@@ -14,6 +14,7 @@ import ray
 import simplejpeg
 from PIL import Image, ImageChops
 
+import cluster
 import decoding
 import imagenet
 from tests.support import draw_image, encode, jpeg, make_tar
@@ -74,20 +75,22 @@ def test_list_filters_by_prefix_and_leaves_out_what_is_no_tar(s3, bucket):
 def test_load_returns_at_once_with_one_task_a_tar(one_ray, bucket):
     tars = [imagenet.Tar(key, None, 0) for key in ("a.tar", "b.tar", "c.tar")]
     # No node has a gate, so that none of the tasks can run while load_tarfiles_from_s3 does.
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, resources={"gate": 1})
+    tasks = cluster.DataTasks(print, 300, print, resources={"gate": 1})
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, tasks)
     assert [len(refs) for refs in loaded] == [3, 3, 3]
-    tasks = [{ref.task_id() for ref in refs} for refs in loaded]
-    assert [len(ids) for ids in tasks] == [1, 1, 1] and len(set.union(*tasks)) == 3
+    started = [{ref.task_id() for ref in refs} for refs in loaded]
+    assert [len(ids) for ids in started] == [1, 1, 1] and len(set.union(*started)) == 3
     for images, *_ in loaded:
         ray.cancel(images)
 
 
-def test_load_returns_images_names_and_a_report(one_ray, s3, bucket):
+def test_load_returns_images_names_and_a_report(tasks, s3, bucket):
     odd = "train/é +%25 x.tar"
     put_tar(s3, bucket, "train/a.tar", ["n1/n1_1.JPEG", "n1/n1_2.JPEG", "n1/sub/n1_3.JPEG"])
     put_tar(s3, bucket, odd, ["n2_1.JPEG"], size=(100, 700))
     tars, _ = imagenet.list_tars(bucket, "train/")
-    one, other = (ray.get(list(tar)) for tar in imagenet.load_tarfiles_from_s3(bucket, tars, SIZE))
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, tasks)
+    one, other = (ray.get(list(tar)) for tar in loaded)
     images, *rest = one
     assert images.shape == (3, 256, 256, 3) and images.dtype == np.uint8
     report = {"key": "train/a.tar", "images": 3, "left_out": 0, "named": []}
@@ -109,7 +112,8 @@ def test_drivers_endpoint_and_region_reach_the_tasks(one_ray, s3, bucket):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
     elsewhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_DEFAULT_REGION": "eu-north-1"}
     [tar], _ = imagenet.list_tars(bucket, "")
-    [loaded] = imagenet.load_tarfiles_from_s3(bucket, [tar], SIZE, runtime_env={"env_vars": elsewhere})
+    tasks = cluster.DataTasks(print, 300, print, runtime_env={"env_vars": elsewhere})
+    [loaded] = imagenet.load_tarfiles_from_s3(bucket, [tar], SIZE, tasks)
     assert ray.get(loaded.filenames) == ["a.JPEG"]
 
 
@@ -122,11 +126,11 @@ def test_location_is_endpoint_and_region_and_no_credentials(s3, monkeypatch):
     assert imagenet.s3_location() == {"region_name": "eu-central-1"}
 
 
-def test_changed_object_is_noticed_by_its_etag(one_ray, s3, bucket):
+def test_changed_object_is_noticed_by_its_etag(tasks, s3, bucket):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
     tars, _ = imagenet.list_tars(bucket, "")
     put_tar(s3, bucket, "a.tar", ["b.JPEG"])
-    [loaded] = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE)
+    [loaded] = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, tasks)
     with pytest.raises(imagenet.InputError, match=f"^s3://{bucket}/a.tar: has changed since") as caught:
         imagenet.report_loading(bucket, [loaded.report], print)
     assert "\n" not in str(caught.value)

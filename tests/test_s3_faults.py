@@ -162,10 +162,10 @@ def tar(number):
     return make_tar(files | {"not an image": rng.bytes(PART)})
 
 
-def load(bucket, said):
+def load(bucket, said, tasks):
     """Load what is listed, as driver.py does; the names of all images."""
     tars, _ = imagenet.list_tars(bucket, "")
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [64, 64])
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [64, 64], tasks)
     imagenet.report_loading(bucket, [tar.report for tar in loaded], said.append)
     return sorted(name for tar in loaded for name in ray.get(tar.filenames))
 
@@ -178,26 +178,26 @@ def tars(one_ray, s3, bucket):
     return [f"n{number}_{i}.JPEG" for number in range(5) for i in range(3)]
 
 
-def test_a_load_through_faults_is_whole(tars, proxy, bucket):
+def test_a_load_through_faults_is_whole(tars, tasks, proxy, bucket):
     said, passing = [], ["500", "503", "drop", "reset", "cut"]
     for number, fault in enumerate(passing):
         proxy.faults["GET", f"{number}.tar"] = iter([fault])
-    assert load(bucket, said) == tars
+    assert load(bucket, said, tasks) == tars
     faults = Counter(request.fault for request in proxy.requests if request.method == "GET")
     whole = 1 + 2 * len(passing)  # the list, and two parts each
     assert faults == Counter([*passing, *[None] * whole])
     assert "Loading: 5 of 5 tars, 15 images" in said
 
 
-def test_a_load_with_an_unreadable_tar_ends_with_its_name(tars, proxy, bucket):
-    proxy.faults["GET", "3.tar"] = itertools.repeat("reset")
+def test_a_load_with_an_unreadable_tar_ends_with_its_name(tars, tasks, proxy, bucket):
+    proxy.faults["GET", "3.tar"] = itertools.repeat("403")
     with pytest.raises(imagenet.InputError) as caught:
-        load(bucket, [])
+        load(bucket, [], tasks)
     assert str(caught.value).startswith(f"s3://{bucket}/3.tar: ") and str(caught.value).isprintable()
 
 
-def test_a_load_ends_if_a_tar_changes(tars, proxy, s3, bucket):
+def test_a_load_ends_if_a_tar_changes(tars, tasks, proxy, s3, bucket):
     proxy.faults["GET", "3.tar"] = iter([lambda: put(s3, bucket, b"new", "3.tar")])
     with pytest.raises(imagenet.InputError) as caught:
-        load(bucket, [])
+        load(bucket, [], tasks)
     assert str(caught.value).startswith(f"s3://{bucket}/3.tar") and " changed " in str(caught.value)

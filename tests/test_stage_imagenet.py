@@ -197,7 +197,7 @@ def test_ground_truth_of_each_validation_image(tars):
     assert ilsvrc2012.ground_truth(tars) == dict(zip(VAL_NAMES, VAL_WNIDS, strict=True))
 
 
-def test_driver_reads_what_is_put(s3, bucket, one_ray, tars, train, capsys):
+def test_driver_reads_what_is_put(s3, bucket, tasks, tars, train, capsys):
     assert run(tars, f"s3://{bucket}/a b/p") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"Now: python driver.py --s3-bucket {bucket} --key-prefix 'a b/p/'{TRAIN}/ "
@@ -208,7 +208,7 @@ def test_driver_reads_what_is_put(s3, bucket, one_ray, tars, train, capsys):
         assert len(listed) == count and others == 0
         labels = imagenet.read_labels(bucket, f"a b/p/{label_file}", 1000)
         names = []
-        for loaded in imagenet.load_tarfiles_from_s3(bucket, listed, [256, 256]):
+        for loaded in imagenet.load_tarfiles_from_s3(bucket, listed, [256, 256], tasks):
             report = ray.get(loaded.report)
             assert report["left_out"] == 0
             assert ray.get(loaded.images).shape == (report["images"], 256, 256, 3)

@@ -13,7 +13,7 @@ import cluster
 import functions
 import results
 import workers
-from tests.support import THIN, notes, noting_worker, two_workers, workers_of
+from tests.support import THIN, Given, notes, noting_worker, two_workers, workers_of
 
 NETWORK = {"layers": THIN, "num_classes": 10}
 
@@ -23,20 +23,21 @@ NETWORK = {"layers": THIN, "num_classes": 10}
 
 def test_precision_is_bfloat16_where_every_cpu_multiplies_it(one_ray):
     fast = "bfloat16" if functions.multiplies_bfloat16() else "float32"
-    assert cluster.fastest_precision(0) == fast
-    assert cluster.fastest_precision(1) == "float32"
+    assert cluster.fastest_precision(1, 0) == fast
+    assert cluster.fastest_precision(1, 1) == "float32"
 
 
 def test_room_counts_whole_workers_a_node(one_ray):
     room = {(1, 0): 2, (2, 0): 1, (3, 0): 0, (1, 1): 2, (1, 2): 1}
-    assert {share: cluster.room_for_workers(*share) for share in room} == room
+    assert {share: sum(cluster.room_for_workers(*share).values()) for share in room} == room
 
 
 def test_more_workers_than_this_machine_holds(one_ray):
     share = {"cpus": 3, "gpus": 0}
     with pytest.raises(cluster.ClusterError) as caught:
         workers.Workers(
-            *(2, share, NETWORK, "float32", cluster.Helpers(), 100, results.Report()), can_grow=False
+            *(2, share, NETWORK, "float32", cluster.Helpers(), (100, 60), results.Report()),
+            can_grow=False,
         )
     assert str(caught.value) == (
         "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room for 0: "
@@ -54,12 +55,13 @@ def random_sets(count, *shapes):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_mean_gradients_is_the_mean_by_a_fixed_tree(one_ray, count):
-    shapes = (3, 4), (4,), (workers.BLOCK + 5, 2)
+    shapes = (3, 4), (4,), (functions.BLOCK + 5, 2)
     sets, weights = random_sets(count, *shapes), [np.ones(shape, np.float32) for shape in shapes]
     helpers, got = cluster.Helpers(), [np.empty_like(weight) for weight in weights]
-    sums = helpers.add_gradients([ray.put(grads) for grads in sets], [helpers.here] * count)
+    refs, nodes = [ray.put(grads) for grads in sets], [helpers.here] * count
+    sums = helpers.add_gradients(refs, nodes, print, 100)
     assert len(sums) == min(count, 2)
-    norm = workers.mean_of(sums, count, weights, [0, 0, 0], got)
+    norm = functions.mean_of(sums, count, weights, [0, 0, 0], got)
     assert norm == pytest.approx(np.linalg.norm([np.linalg.norm(mean) for mean in got]), rel=1e-3)
     tree = sets
     while len(tree) > 1:
@@ -79,8 +81,8 @@ def test_mean_has_each_variables_decay(one_ray, kind):
     helpers = cluster.Helpers()
     added = ray.get(helpers.on(helpers.here).add_gradients.remote(*sent[1:]))
     got, same = ([np.empty(w.shape, np.float32) for w in weights] for _ in range(2))
-    norm = workers.mean_of(sent[1:], 2, sent[0], [0.3, 0], got)
-    assert norm == workers.mean_of([added], 2, sent[0], [0.3, 0], same)
+    norm = functions.mean_of(sent[1:], 2, sent[0], [0.3, 0], got)
+    assert norm == functions.mean_of([added], 2, sent[0], [0.3, 0], same)
     for x, y in zip(got, same, strict=True):
         np.testing.assert_array_equal(x, y)
     (w, _), (a, a_bias), (b, b_bias) = ([x.astype(np.float32) for x in xs] for xs in (weights, a, b))
@@ -93,11 +95,11 @@ def test_mean_tells_any_value_that_is_not_finite(bad):
     weights = [np.ones((3, 4), np.float32), np.ones(5, np.float32)]
     sets = [[np.ones_like(weight) for weight in weights] for _ in range(2)]
     got = [np.empty_like(weight) for weight in weights]
-    assert workers.all_finite(sets[1])
-    assert np.isfinite(workers.mean_of(sets, 2, weights, [5e-4, 0], got))
+    assert functions.all_finite(sets[1])
+    assert np.isfinite(functions.mean_of(sets, 2, weights, [5e-4, 0], got))
     sets[1][0][2, 1] = bad
-    assert not workers.all_finite(sets[1])
-    assert not np.isfinite(workers.mean_of(sets, 2, weights, [5e-4, 0], got))
+    assert not functions.all_finite(sets[1])
+    assert not np.isfinite(functions.mean_of(sets, 2, weights, [5e-4, 0], got))
 
 
 # ---- between nodes
@@ -129,7 +131,7 @@ def test_one_set_of_gradients_comes_to_this_node(one_ray, nodes):
     helpers = Noted()
     names = [helpers.here, *range(1, nodes)]
     places = {ray.put(None): node for node in names for _ in "ab"}
-    helpers.add_gradients(list(places), list(places.values()))
+    helpers.add_gradients(list(places), list(places.values()), print, 100)
     places |= {ref: node for ref, (node, _) in helpers.calls.items()}
     moves = [
         (places[part], node)
@@ -184,20 +186,20 @@ class Remembered:
 def test_workers_do_not_outlive_a_run(one_ray):
     """Also those that still start."""
     actor, share = Remembered(), {"cpus": 1, "gpus": 0}
-    common = share, NETWORK, "float32", cluster.Helpers(), 100, results.Report(), True
+    common = share, NETWORK, "float32", cluster.Helpers(), (100, 60), results.Report(), True
     pool = workers.Workers(1, *common, actor=actor)
     del pool
     [handle] = actor.handles
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(handle.node.remote(), timeout=60)
+        ray.get(handle.place.remote(), timeout=60)
 
 
 def test_accuracy_does_not_keep_other_workers_waiting(one_ray, tmp_path):
     """While one worker is busy with an accuracy, another one computes all the mini-batches."""
     pool = two_workers(actor=noting_worker(tmp_path))
     pool.update_weights(0, ray.put([np.zeros(shape) for shape in alexnet.weight_shapes(**NETWORK)]))
-    pool.print_accuracy(None, None)  # this worker class has it wait for two gradients
-    assert pool.compute_grad([None, None], None, 1.0, 0) == [1.0, 1.0]
+    pool.print_accuracy(Given(None), None)  # this worker class has it wait for two gradients
+    assert pool.compute_grad([Given(None), Given(None)], None, 1.0, 0) == [1.0, 1.0]
     calls = notes(tmp_path)
     assert [call.method for call in calls if call.method != "update_weights"] == [
         *["compute_grad"] * 2,
@@ -220,10 +222,10 @@ def minibatch(rng, count=20):
     return functions.MiniBatch(pixels, rng.integers(0, 10, count), np.zeros((count, 3), int))
 
 
-def test_each_worker_is_a_process_beside_which_tasks_find_room(pool):
+def test_each_worker_is_a_process_beside_which_tasks_find_room(pool, tasks):
     assert pool.count == 2 and len(workers_of(psutil.Process().pid)) == 2
     # They hold both CPUs.
-    labels, _ = functions.convert.options(**cluster.data_task_options()).remote(["a"], {"a": 1})
+    labels, _ = tasks.start(functions.convert, ["a"], {"a": 1}, num_returns=2)
     assert ray.get(labels, timeout=30).tolist() == [1]
 
 
@@ -233,7 +235,7 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(pool):
     mean, network = mean.astype(np.float32), alexnet.AlexNet(**NETWORK)
     network.restore(network.initial_state("he", rng))
     pool.update_weights(1, ray.put(network.weights()))
-    losses = pool.compute_grad([ray.put(m) for m in minibatches], ray.put(mean), 1.0, 0)
+    losses = pool.compute_grad([Given(m) for m in minibatches], ray.put(mean), 1.0, 0)
     got, norm = pool.mean_gradients([0] * 16)
 
     whole = functions.MiniBatch(*map(np.concatenate, zip(*minibatches, strict=True)))

@@ -1,53 +1,79 @@
-"""driver.py with the thin network as a program: NAME=VALUE sets a constant, then come the flags."""
+"""driver.py with the thin network as a program: NAME=VALUE sets a constant, then come the flags.
+
+PAUSES=[(iteration, phase), ...] sets no constant: there the run stands still, after the phase, until a
+line comes on standard input. So a test decides what happens at which moment.
+"""
 
 import ast
+import os
+import re
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs by its path, from anywhere
 
+import driver  # before Ray, to which it says what to leave out
+
+# isort: split
 import ray
 
-import driver
 import results
-from tests.support import THIN, fingerprint
+from tests import support
+
+# Batches are identified where they lie: copies in this process's node would outlive all other nodes.
+ray.cloudpickle.register_pickle_by_value(support)  # which no node has
+identify = ray.remote(num_cpus=0.1, max_retries=-1)(support.identify)
 
 PATIENT_FROM = 15  # the iteration from which on a lost worker is waited for
 
 
 class Report(results.Report):
-    """Says what the object store holds every 10 iterations; goes slowly while a worker is missing."""
+    """Says what the object store holds every 20 iterations; goes slowly while a worker is missing."""
 
-    def __init__(self):
-        """Nothing is missing yet."""
+    def __init__(self, pauses):
+        """Nothing is missing yet; `pauses` are pairs of an iteration and a phase."""
         super().__init__()
-        self.batches, self.missing = [], 0
+        self.batches, self.missing, self.pauses, self.now = [], 0, pauses, None
 
     def say(self, line):
         """Print a line, and count the workers that are missing."""
         super().say(line)
-        self.missing += (" is lost (" in line) - (" is back: " in line)
+        of_a_node = re.match(r"node \w+ is lost with (\d+) workers", line)
+        self.missing += int(of_a_node[1]) if of_a_node else " is lost (" in line
+        self.missing -= " is back: " in line
 
     def start(self, iteration, batches, mean):
         """Keep the batches."""
         super().start(iteration, batches, mean)
-        self.batches = batches
+        self.batches, self.now = batches, iteration
+
+    def lap(self, phase):
+        """Stand still if a pause is due."""
+        super().lap(phase)
+        if (self.now, phase) in self.pauses:
+            print(f"Paused after {phase} of iteration {self.now}", flush=True)
+            sys.stdin.readline()
 
     def iteration(self, iteration, *numbers):
-        """Print a fingerprint of all images every 10 iterations; give a new worker time to come."""
+        """Print a fingerprint of all images every 20 iterations; give a new worker time to come."""
         super().iteration(iteration, *numbers)
-        if iteration % 10 == 0:
-            pairs = (ray.get([batch.images, batch.labels]) for batch in self.batches)
-            print(fingerprint(pairs), flush=True)
+        self.now = iteration + 1
+        if iteration % 20 == 0:
+            found = [identify.remote(batch.images, batch.labels) for batch in self.batches]
+            print(support.fingerprint(ray.get(found)), flush=True)
         if self.missing and iteration >= PATIENT_FROM:
-            time.sleep(1)
+            time.sleep(3)
 
 
 if __name__ == "__main__":
-    driver.LAYERS, driver.NUM_CLASSES, driver.ACCURACY_EVERY = THIN, 10, 5
+    driver.LAYERS, driver.NUM_CLASSES, driver.ACCURACY_EVERY = support.THIN, 10, 5
     driver.PRECISION = "float32"  # on any CPU
     settings = [argument for argument in sys.argv[1:] if argument.split("=")[0].isupper()]
-    for name, value in (setting.split("=", 1) for setting in settings):
-        setattr(driver, name, ast.literal_eval(value))
-    sys.exit(driver.main(sys.argv[1 + len(settings) :], report=Report()))
+    values = {name: ast.literal_eval(value) for name, value in (s.split("=", 1) for s in settings)}
+    report = Report(values.pop("PAUSES", []))
+    for name, value in values.items():
+        setattr(driver, name, value)
+    status = driver.main(sys.argv[1 + len(settings) :], report=report)
+    sys.stdout.flush()
+    os._exit(status)  # as driver.py ends

@@ -1,0 +1,277 @@
+"""Misfortunes: driver.py on several Ray nodes, at random moments struck by all that can happen to it.
+
+    python benchmarks/soak.py --minutes 60 --seed 0 [--precision float32]
+
+A head without CPUs and 3 nodes of 2 workers train the thin network of the tests; data comes from an S3
+server through a proxy that spoils answers. When the time is over, an undisturbed run goes to the same
+iteration. The soak fails if one bit of the weights differs, if the driver ends by itself or says an
+error, or if it stands still. As root, the disk of the checkpoints fills up, too.
+"""
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from misfortunes import NODES, Disk, Misfortunes, Soaked, Weather
+
+from functions import multiplies_bfloat16
+from tests.fault_proxy import fault_proxy
+from tests.nodes import Nodes
+from tests.support import checksums, fill_bucket, s3_client, s3_server
+
+SETTINGS = {
+    "NUM_WORKERS": 2 * NODES,
+    "MINI_BATCH": 4,
+    "WORKER_TIMEOUT": 10,
+    "WORKER_WAIT": 60,
+    "TASK_TIMEOUT": 20,
+    "CHECKPOINT_EVERY": 5,
+    "VALIDATE_EVERY": 25,
+    "ACCURACY_EVERY": 5,
+}
+PACE = 1  # seconds of an iteration that is disturbed, at least
+BETWEEN = 4, 24  # seconds between two misfortunes
+TICK = 0.3  # seconds between two looks
+STILL = 240  # seconds without an iteration after which the driver stands still
+END = 60  # seconds in which the driver ends after a signal
+
+
+class Log:
+    """The file that holds what the drivers say and what is done to them; flaws are printed, too."""
+
+    def __init__(self, path):
+        """Open it."""
+        self._file, self._start, self.flaws = path.open("w", buffering=1), time.monotonic(), 0
+
+    def write(self, line):
+        """Add a line, with the seconds since the start."""
+        self._file.write(f"{time.monotonic() - self._start:7.1f} {line}\n")
+
+    def flaw(self, what, lines=()):
+        """Count and print what must not happen, and the lines before it."""
+        self.flaws += 1
+        self.write(f"FLAW: {what}")
+        print(
+            f"FLAW at {time.monotonic() - self._start:.1f} s: {what}", *lines, sep="\n    ", flush=True
+        )
+
+
+class Driver:
+    """driver.py as a process that goes on again whenever it was ended."""
+
+    def __init__(self, command, environment, log):
+        """Nothing is started yet."""
+        self._command, self._environment, self._log = command, environment, log
+        self._process, self._reader, self._lines, self._errors = None, None, deque(maxlen=20), []
+        self._reads, self._started = False, 0
+        self.iterations = self.resumes = 0
+        self.moved, self.longest = time.monotonic(), 0
+
+    def runs(self):
+        """Whether it runs."""
+        return self._process is not None
+
+    def reads(self):
+        """Whether it has listed all tars, and has begun to read them."""
+        return self.runs() and self._reads
+
+    def trains(self):
+        """Whether an iteration has just ended."""
+        return self.runs() and time.monotonic() - self.moved < 3 * PACE
+
+    def start(self):
+        """Start it, or start it again."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self._log.write("the driver starts")
+        self._process = subprocess.Popen(self._command, env=self._environment, **streams)
+        self._errors, self._reads, self._started = [], False, time.monotonic()
+        self._reader = threading.Thread(target=self._read, args=[self._process.stdout])
+        self._reader.start()
+
+    def _read(self, output):
+        for line in output:
+            self._log.write(f"| {line.rstrip()}")
+            self._lines.append(line.rstrip())
+            if re.match("(error:|Traceback|Exception|Fatal)", line):
+                self._errors.append(line)
+            self._reads = self._reads or line.startswith("Loading: ")
+            self.resumes += line.startswith("Resumed from")
+            if re.match(r"Iteration \d+: loss", line):
+                self.iterations += 1
+                now = time.monotonic()
+                self.moved, self.longest = now, max(self.longest, now - self.moved)
+
+    def look(self):
+        """Notice an end that nobody has asked for, and a run that stands still."""
+        if self.runs() and self._process.poll() is not None:
+            self._ended("ended by itself", ())
+        if self.runs() and time.monotonic() - max(self.moved, self._started) > STILL:
+            self._log.flaw(f"no iteration for {STILL} s", self._where())
+            self.kill()
+
+    def _where(self):
+        """What it said last, after a print of where its threads are."""
+        self._process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        return list(self._lines)
+
+    def _ended(self, how, expected):
+        status = self._process.wait()
+        self._reader.join(10)
+        self._process = None
+        self._log.write(f"the driver {how}: {status}")
+        if status not in expected or self._errors:
+            self._log.flaw(f"the driver {how}: status {status}", list(self._lines))
+
+    def kill(self):
+        """End it at once; whether there was one."""
+        if self.runs():
+            self._process.kill()
+            self._ended("was killed", [-signal.SIGKILL])
+            return True
+        return False
+
+    def interrupt(self, signum):
+        """End it by a signal, which it answers by its status; whether there was one."""
+        if not self.runs():
+            return False
+        self._log.write(f"# signal {signum} to the driver")
+        self._process.send_signal(signum)
+        try:
+            self._process.wait(END)
+        except subprocess.TimeoutExpired:
+            self._log.flaw(f"no end within {END} s after signal {signum}", self._where())
+            return self.kill()
+        # Python has not begun to run it, or driver.py still imports what it needs: it ends at once.
+        self._ended(f"had signal {signum}", [128 + signum, -signum])
+        return True
+
+
+def disturb(misfortunes, minutes):
+    """Let misfortunes happen for so many minutes, then end them and wait until training goes on.
+
+    Each kind has its turn before one has its second. One that finds no victim waits for it.
+    """
+    driver, disk, rng = misfortunes.driver, misfortunes.disk, misfortunes.rng
+    start = time.monotonic()
+    end, due, deck, armed = start + 60 * minutes, start + BETWEEN[1], [], []
+
+    def look():
+        time.sleep(TICK)
+        misfortunes.go_on()
+        driver.look()
+        if not driver.runs() and not disk.full:  # where it could not even begin
+            driver.start()
+
+    while time.monotonic() < end:
+        look()
+        if time.monotonic() > due:
+            due = time.monotonic() + rng.uniform(*BETWEEN)
+            deck = deck or rng.sample(list(misfortunes.kinds), len(misfortunes.kinds))
+            kind = deck.pop()
+            armed += [kind] if kind not in armed else []
+        armed = [kind for kind in armed if not misfortunes.strike(kind)]
+    misfortunes.log.write("# misfortunes end")
+    misfortunes.go_on(everything=True)
+    goal = driver.iterations + 3
+    while driver.iterations < goal:
+        look()
+    driver.interrupt(signal.SIGTERM)
+
+
+def command(folder, precision, iterations=10**6, **settings):
+    """The command line of a driver that saves to a folder."""
+    settings = SETTINGS | settings | {"PRECISION": precision}
+    program = [sys.executable, "-u", str(Path(__file__).with_name("soak_driver.py"))]
+    flags = ["--s3-bucket", "soak", "--val-prefix", "ILSVRC2012_img_train/n01500007"]
+    flags += ["--val-label-file", "train.txt", "--iterations", str(iterations)]
+    flags += ["--checkpoint-dir", f"{folder}/checkpoints", "--log-dir", f"{folder}/curves"]
+    return [*program, *(f"{name}={value!r}" for name, value in settings.items()), *flags]
+
+
+def disturbed(folder, args, endpoint, log):
+    """Train amid misfortunes on a disk; its checksums, the last iteration, and the Misfortunes."""
+    place = folder / "disturbed"
+    place.mkdir()
+    disk, nodes = Disk(place), Soaked()
+    with fault_proxy(endpoint) as proxy:
+        there = {"RAY_ADDRESS": nodes.address, "AWS_ENDPOINT_URL": proxy.url}
+        line = command(place, args.precision, PACE=PACE)
+        driver, rng = Driver(line, os.environ | there, log), random.Random(args.seed)
+        proxy.faults = weather = Weather(driver.reads)
+        misfortunes = Misfortunes(driver, nodes, weather, disk, rng, folder, log)
+        try:
+            disturb(misfortunes, args.minutes)
+            last = max(int(path.stem[5:]) for path in (place / "checkpoints").glob("ckpt-*.index"))
+            return checksums(place / "checkpoints"), last, misfortunes
+        finally:
+            driver.kill()
+            nodes.close()
+            disk.unmount()
+
+
+def undisturbed(folder, args, iterations, log):
+    """Checksums of a run to an iteration on one node, which nothing disturbs."""
+    place, nodes = folder / "undisturbed", Nodes(2 * NODES, others=0, cpus=0)
+    line = command(place, args.precision, iterations, WORKER_TIMEOUT=120, WORKER_WAIT=300)
+    environment = os.environ | {"RAY_ADDRESS": nodes.address}
+    try:
+        ended = subprocess.run(line, env=environment, capture_output=True, text=True)
+    finally:
+        nodes.close()
+    if ended.returncode:
+        log.flaw(f"the undisturbed run: status {ended.returncode}", ended.stdout[-2000:].splitlines())
+        return None
+    return checksums(place / "checkpoints")
+
+
+def print_table(misfortunes, equal, iteration):
+    """Print what was done, and what came of it."""
+    driver, counts = misfortunes.driver, misfortunes.counts
+    rows = [(kind, counts[kind]) for kind in misfortunes.kinds]
+    rows += [("all misfortunes", counts.total()), ("resumes", driver.resumes)]
+    rows += [("longest time without an iteration, s", round(driver.longest))]
+    rows += [("last iteration", iteration), ("flaws", misfortunes.log.flaws)]
+    rows += [("the weights' bits are equal", "yes" if equal else "NO")]
+    for name, value in rows:
+        print(f"| {name:38} | {value:>5} |")
+
+
+def main():
+    """Disturb, compare, print; the exit status is 0 where nothing was wrong."""
+    parser = argparse.ArgumentParser(
+        description="Disturb a run, and compare it with an undisturbed one."
+    )
+    parser.add_argument("--minutes", type=float, required=True, help="how long misfortunes happen")
+    parser.add_argument("--seed", type=int, default=0, help="decides their order and moments")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+    if args.precision == "bfloat16" and not multiplies_bfloat16():
+        parser.error("this CPU has no instructions for bfloat16: a step would take minutes")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, a driver would go on after it
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    log = Log(folder / "log")
+    print(f"The drivers' lines, and what happens to them: {folder / 'log'}", flush=True)
+    with s3_server() as environment:
+        os.environ.update(environment)
+        os.environ.pop("AWS_PROFILE", None)
+        fill_bucket(s3_client(environment), "soak", images_per_class=12)
+        sums, last, misfortunes = disturbed(folder, args, environment["AWS_ENDPOINT_URL"], log)
+        equal = undisturbed(folder, args, last, log) == sums
+    if not misfortunes.disk.small:
+        print("No disk of its own could be mounted (this takes root): it was never full")
+    print_table(misfortunes, equal, last)
+    sys.exit(0 if equal and not log.flaws else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Misfortunes of all kinds in one run, on nodes of two workers and a head without CPUs."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+import alexnet
+import functions
+from tests.nodes import OWN_MOUNTS, Nodes, actor, actors
+from tests.support import (
+    THIN,
+    assert_clean,
+    checksums,
+    contents,
+    fingerprints,
+    thin_driver,
+    titled,
+    train_elsewhere,
+    train_here,
+)
+
+ITERATIONS = 44
+TIMEOUT = 10  # seconds without an answer after which what hangs is replaced
+
+# Ray carries what is smaller than 100 KB in its messages. Gradients of this network lie on nodes.
+WIDE = tuple(("dense", 128) if layer == ("dense", 32) else layer for layer in THIN)
+
+
+@pytest.fixture(scope="module")
+def nodes(s3):
+    """A head without CPUs, and three nodes of two."""
+    nodes = Nodes(0, others=3, cpus=2)
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture
+def six_undisturbed(thin, one_ray, photos, tmp_path, monkeypatch):
+    """Checksums of a run of six mini-batches an iteration, which two workers compute undisturbed.
+
+    It begins at a checkpoint of iteration 0, which says how many mini-batches there are.
+    """
+    rule = alexnet.Momentum(
+        *(thin.LEARNING_RATE, thin.LEARNING_RATE_DROPS, thin.MOMENTUM),
+        *(thin.WEIGHT_DECAY, thin.CLIP_NORM),
+    )
+    network = alexnet.AlexNet(WIDE, num_classes=10, rule=rule)
+    network.restore(network.initial_state("he", functions.generator(0, "initial weights")))
+    network.snapshot()
+    facts = {"iteration": 0, "mini_batches": 6, "precision": "float32", "run": {}}
+    folder = tmp_path / "undisturbed"
+    folder.mkdir()
+    network.save(str(folder / "ckpt-0"), json.dumps(facts))
+    monkeypatch.setattr(thin, "LAYERS", WIDE)
+    assert train_here(photos, folder, ITERATIONS) == 0
+    return checksums(folder)
+
+
+@pytest.fixture
+def without_tensorflow(tmp_path):
+    """Options of a node on which no worker can start, as in an image that lacks something."""
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('TensorFlow is not here')")
+    return {"env_vars": {"PYTHONPATH": str(tmp_path)}}
+
+
+def with_memory_monitor():
+    """Options of a node on which Ray ends workers if 1.5 GiB more are used than now."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + 1.5 * 2**30) / memory.total
+    settings = {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "100"}
+    return {"env_vars": settings}
+
+
+def use_memory_until(condition):
+    """Use more and more memory, at most 3 GiB, until a function returns true."""
+    used = []
+    while not condition():
+        assert len(used) < 24, "Ray's memory monitor did not strike"
+        used.append(np.ones(2**24))
+        time.sleep(0.3)
+
+
+@pytest.mark.timeout(700)
+def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path, without_tensorflow):
+    deaths = [(1, "compute"), (3, "broadcast")]
+    bad, killed, hanging, memory = moments = [
+        *((5, "apply"), (34, "broadcast"), (36, "compute"), (42, "apply"))
+    ]
+    settings = [f"LAYERS={WIDE}", f"WORKER_TIMEOUT={TIMEOUT}", f"PAUSES={deaths + moments}"]
+    flags = ["--s3-bucket", photos, "--checkpoint-dir", tmp_path / "saved", "--iterations", ITERATIONS]
+    with thin_driver(*settings, *flags, address=nodes.address) as run:
+        for moment in ("Loading: 3 of 10", "Shuffle round 2"):
+            run.wait_for(moment)
+            nodes.replace()
+        for moment in deaths:
+            with run.paused(*moment):
+                nodes.replace()
+        with run.paused(*bad):
+            left_alone = nodes.replace(**without_tensorflow).node_id
+        run.wait_for(f"node {left_alone[:8]} is left alone: workers failed there 3 times in a row")
+        nodes.kill(-1)
+        so_far, monitored = run.output(), nodes.add(**with_memory_monitor())
+        run.wait_for("is back: 6 of 6 are up", after=so_far)
+        with run.paused(*killed):
+            assert [len(actors(node, "Helper")) for node in nodes.others] == [1, 1, 1]
+            actor(nodes.others[0], "Worker").kill()
+            actor(nodes.others[1], "Helper").kill()
+        with run.paused(*hanging):
+            stopped = actor(nodes.others[1], "Worker"), actor(nodes.others[0], "Helper")
+            for process in stopped:
+                process.send_signal(signal.SIGSTOP)
+        with run.paused(*memory):
+            use_memory_until(lambda: len(actors(monitored, "Worker")) < 2)
+        assert run.wait() == 0, run.output()
+    psutil.wait_procs(stopped, timeout=30)
+    assert not any(process.is_running() for process in stopped)  # and not left behind stopped
+    out = run.output()
+    for line in (
+        "6 workers; an iteration is 6 mini-batches of 20 images, in float32",
+        "That stays so, however the cluster grows: NUM_WORKERS in driver.py waits for more workers",
+        r"gradients are lost \(.*\): they are computed again",
+        r"node \w{8} is lost with 2 workers: \d of 6 go on",
+        rf"worker \d is lost \(no answer in {TIMEOUT} s\): \d of 6 go on",
+        r"worker \d is lost \(.* low on memory.*\): \d of 6 go on",
+    ):
+        assert re.search(f"^{line}$", out, re.M), line
+    assert out.count("no answer") == 1
+    assert fingerprints(out) == [contents(photos)] * 3
+    assert_clean(out)
+    assert checksums(tmp_path / "saved") == six_undisturbed
+
+
+can_mount = subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount, reason="this user may not mount a file for some processes")
+def test_cpus_of_several_models_and_a_late_one_without_bfloat16(s3, photos, tmp_path):
+    def cpu(model, flags):
+        (tmp_path / model).write_text(f"model name : {model}\nflags : {flags}\n")
+        return tmp_path / model
+
+    settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]"]
+    nodes = Nodes(0, others=0, cpus=0)
+    try:
+        with (
+            nodes.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
+            nodes.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
+            train_elsewhere(photos, tmp_path / "saved", nodes.address, *settings, iterations=20) as run,
+        ):
+            run.wait_for("Paused after apply of iteration 3")
+            with nodes.with_cpuinfo(2, cpu("Knots", "fpu")):
+                with run.paused(3, "apply"):
+                    titled(abacus.pid, "ray::Worker")[0].kill()
+                assert run.wait() == 0
+    finally:
+        nodes.close()
+    out = run.output()
+    for line in (
+        r"CPUs of several models \(Abacus; Quipu\): two runs may differ in the last bits",
+        "2 workers; an iteration is 2 mini-batches of 2 images, in bfloat16",
+        r"node \w{8} is left alone: its CPU has no instructions for bfloat16, in .*",
+        r"worker \d is back: 2 of 2 are up",
+    ):
+        assert re.search(f"^{line}$", out, re.M), out
+    assert_clean(out)

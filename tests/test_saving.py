@@ -1,0 +1,335 @@
+"""Whatever ends a run or fails in its saves: the last whole step is saved, the last line is true."""
+
+import contextlib
+import functools
+import os
+import re
+import resource
+import shutil
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+import cluster
+import imagenet
+import results
+from tests.fault_proxy import fault_proxy
+from tests.support import (
+    ITERATIONS,
+    assert_clean,
+    checksums,
+    titled,
+    train_elsewhere,
+    train_here,
+    wait_until,
+    workers_of,
+)
+
+
+class At(results.Report):
+    """Does things at moments: a dict of (iteration, phase) or of the start of a line -> function."""
+
+    def __init__(self, moments):
+        super().__init__()
+        self.moments, self.now = moments, None
+
+    def start(self, iteration, *data):
+        super().start(iteration, *data)
+        self.now = iteration
+
+    def say(self, line):
+        super().say(line)
+        for moment in [m for m in self.moments if isinstance(m, str) and line.startswith(m)]:
+            self.moments.pop(moment)()
+
+    def lap(self, phase):
+        super().lap(phase)
+        self.moments.pop((self.now, phase), lambda: None)()
+
+    def iteration(self, iteration, *numbers):
+        super().iteration(iteration, *numbers)
+        self.now = iteration + 1
+
+
+def send(signum):
+    """A function that signals this process."""
+    return lambda: os.kill(os.getpid(), signum)
+
+
+def send_in_the_middle(signum):
+    """A function that stops all workers, so that what they compute never ends, and then signals."""
+
+    def stop():
+        for process in workers_of(os.getpid()):
+            process.send_signal(signal.SIGSTOP)
+        threading.Timer(1, send(signum)).start()
+
+    return stop
+
+
+def fetch_newest(place, folder):
+    """Download the last checkpoint of a whole run from S3."""
+    for name in (f"ckpt-{ITERATIONS}.data-00000-of-00001", f"ckpt-{ITERATIONS}.index", "checkpoint"):
+        imagenet.S3Folder(place).download(name, folder / name)
+
+
+# ---- signals
+
+VALIDATED = ["--val-prefix", "ILSVRC2012_img_train/n01500000", "--val-label-file", "train.txt"]
+
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+MOMENTS = [  # a signal, the moment, what it does there, and the iteration that is saved
+    (TERM, "Shuffle round 2", send(TERM), 0),
+    (HUP, (4, "broadcast"), send_in_the_middle(HUP), 4),
+    (INT, (6, "gather"), send(INT), 6),
+    (TERM, (7, "apply"), send(TERM), 8),
+    (INT, (10, "broadcast"), send_in_the_middle(INT), 10),  # in a validation
+]
+
+
+@pytest.mark.timeout(400)
+def test_signals_at_any_moment_keep_the_last_whole_step(
+    thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """One run, which is resumed after each signal."""
+    monkeypatch.setattr(thin, "VALIDATE_EVERY", 10)
+    before = 0
+    for signum, moment, act, saved in MOMENTS:
+        handler = signal.getsignal(signum)
+        report = At({moment: act})
+        assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED, report=report) == 128 + signum
+        assert signal.getsignal(signum) == handler
+        out, err = capsys.readouterr()
+        assert err == "" and ("Resumed" in out) == (before > 0)
+        assert out.splitlines()[-1] == (
+            f"Stopped at iteration {saved}: checkpoints in {tmp_path}"
+            if saved
+            else "Shuffle round 2 of 5 done"
+        )
+        newest = sorted(path.stem for path in tmp_path.glob("*.index"))
+        assert f"ckpt-{saved}" in newest or not saved
+        before = saved
+    assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED) == 0
+    assert f"Resumed from {tmp_path} at iteration {before}\n" in capsys.readouterr().out
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_signal_while_a_save_goes_to_s3_waits_for_it_and_exports(
+    thin, one_ray, photos, bucket, undisturbed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 5)
+    place, export = f"s3://{bucket}/runs/1", tmp_path / "network"
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        # So the save of iteration 5 goes on while the signal comes.
+        proxy.always["PUT"] = lambda: threading.Event().wait(1)
+        flags = ["--export-dir", export]
+        report = At({(6, "compute"): send(TERM)})
+        assert train_here(photos, place, 100_000, *flags, report=report) == 143
+        del proxy.always["PUT"]
+        out, err = capsys.readouterr()
+        assert re.findall(r"^Iteration (\d+): loss", out, re.M) == list("012345") and err == ""
+        assert out.endswith(f"Stopped at iteration 6: checkpoints in {place}, network in {export}\n")
+        assert (export / "saved_model.pb").exists()
+        assert train_here(photos, place) == 0
+        fetch_newest(place, tmp_path)
+    assert f"Resumed from {place} at iteration 6" in capsys.readouterr().out
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_second_signal_waits_for_no_save_and_leaves_no_worker(one_ray, photos, bucket):
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, contextlib.ExitStack() as for_ever:
+        environment = {"AWS_ENDPOINT_URL": proxy.url}
+        place, settings = f"s3://{bucket}/runs/1", ["PAUSES=[(3, 'compute')]"]
+        training = train_elsewhere(photos, place, one_ray, *settings, environment=environment)
+        with training as run, run.paused(3, "compute"):
+            held = for_ever.enter_context(proxy.held("PUT"))
+            workers = workers_of(os.getpid())
+            os.kill(run.pid, signal.SIGINT)
+            wait_until(held)  # it saves
+            os.kill(run.pid, signal.SIGTERM)
+            assert run.wait(15) == 143, run.output()
+    assert_clean(run.output())
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+def test_signal_while_a_thread_waits_for_an_answer(one_ray, photos, tmp_path):
+    """Ray ends the process, with its own status, if a thread calls Ray after Ray's end."""
+    others = titled(os.getpid(), "ray::Watch")
+    with train_elsewhere(photos, tmp_path, one_ray, "PAUSES=[(3, 'compute')]") as run:
+        with run.paused(3, "compute"):
+            [watch] = set(titled(os.getpid(), "ray::Watch")) - set(others)
+            watch.send_signal(signal.SIGSTOP)
+            time.sleep(2 * cluster.LOOK)
+            os.kill(run.pid, signal.SIGTERM)
+        assert run.wait(15) == 143, run.output()
+    assert_clean(run.output())
+
+
+# ---- saves that fail
+
+
+def test_saves_that_a_disk_refuses_for_a_while_and_lost_curves(one_ray, photos, undisturbed, tmp_path):
+    """As on a full disk, no file may be longer than 100 kB for a while, which curves never are."""
+    full, free, curves = (3, "apply"), (6, "apply"), tmp_path / "curves"
+    settings = [f"PAUSES={[full, free]}", "CHECKPOINT_EVERY=1"]
+    flags, saved = ["--log-dir", curves], tmp_path / "saved"
+    with train_elsewhere(photos, saved, one_ray, *settings, flags=flags) as run:
+        limit = psutil.Process(run.pid).rlimit
+        with run.paused(*full):
+            limit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        with run.paused(*free):
+            assert (saved / "ckpt-3.index").exists() and not (saved / "ckpt-4.index").exists()
+            limit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            shutil.rmtree(curves)
+            curves.write_text("a file in its place")
+        assert run.wait() == 3, run.output()
+    out = run.output()
+    refused = re.findall(
+        r"^The checkpoint of iteration (\d+) is not saved: --checkpoint-dir .*$", out, re.M
+    )
+    assert set(refused) <= set("456") and "4" in refused
+    assert len(re.findall("curves are lost while that lasts, training goes on$", out, re.M)) == 1
+    assert out.endswith(
+        f"Stopped at iteration {ITERATIONS}: checkpoints in {saved}; not saved: curves in {curves}\n"
+        "[end]"
+    )
+    assert_clean(out)
+    assert checksums(saved) == undisturbed
+
+
+def test_saves_that_s3_refuses_for_a_while_and_at_the_end(
+    thin, one_ray, photos, bucket, undisturbed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 1)
+    place = f"s3://{bucket}/runs/1"
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        refuse = functools.partial(proxy.always.update, PUT="403")
+        moments = {(2, "apply"): refuse, (5, "apply"): proxy.always.clear, (8, "apply"): refuse}
+        assert train_here(photos, place, 10, report=At(moments)) == 3
+        out, err = capsys.readouterr()
+        assert err == ""
+        refused = (
+            rf"^The checkpoint of iteration (\d+) is not saved: s3://{bucket}/.*: access denied.*$"
+        )
+        tried = [int(number) for number in re.findall(refused, out, re.M)]
+        assert tried[-1] == 10 and {4} <= set(tried) <= {2, 3, 4, 5, 8, 9, 10}
+        saved = max({7, 8} - set(tried))
+        assert out.endswith(
+            f"Stopped at iteration 10: checkpoints in {place}; "
+            f"not saved: the iterations after {saved}\n"
+        )
+        proxy.always.clear()
+        assert train_here(photos, place) == 0
+        fetch_newest(place, tmp_path)
+    assert f"Resumed from {place} at iteration {saved}\n" in capsys.readouterr().out
+    assert checksums(tmp_path) == undisturbed
+
+
+# ---- errors that end a run
+
+
+def test_run_that_an_error_ends_leaves_its_last_whole_step(
+    thin, one_ray, photos, tmp_path, monkeypatch, capsys
+):
+    """Every worker is killed; then, in another run, the loss is not finite."""
+    ended, network = threading.Event(), tmp_path / "network"
+
+    def kill_all():
+        while not ended.wait(0.01):
+            for process in workers_of(os.getpid()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    killer = threading.Thread(target=kill_all)
+    try:
+        report = At({(3, "broadcast"): killer.start})
+        flags = [ITERATIONS, "--export-dir", network]
+        assert train_here(photos, tmp_path / "1", *flags, report=report) == 2
+    finally:
+        ended.set()
+        killer.join()
+    out, err = capsys.readouterr()
+    assert re.fullmatch("error: iteration 3.*\n", err)
+    left = f"checkpoints in {tmp_path}/1, network in {network}"
+    assert out.endswith(f"Stopped at iteration 3: {left}\n")
+    exported = (network / "saved_model.pb").stat()
+
+    monkeypatch.setattr(thin, "LEARNING_RATE", 1e30)
+    assert train_here(photos, tmp_path / "2", *flags) == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"error: iteration \d: the (loss|gradient) of mini-batch \d is not finite, on worker \d: "
+        r"lower LEARNING_RATE\n",
+        err,
+    )
+    steps = len(re.findall("^Iteration .: loss", out, re.M))
+    assert re.search(
+        f"^The network is not exported: {network} keeps that of an earlier run$", out, re.M
+    )
+    left = f"checkpoints in {tmp_path}/2; not saved: network in {network}"
+    assert out.endswith(f"Stopped at iteration {steps}: {left}\n")
+    assert (network / "saved_model.pb").stat() == exported
+    assert [path.stem for path in (tmp_path / "2").glob("*.index")] == [f"ckpt-{steps}"]
+
+
+def test_cluster_whose_head_is_gone_ends_the_run_with_its_last_whole_step(photos, tmp_path):
+    """After a minute, Ray would end the process without a word."""
+    flags, saved = ["--export-dir", tmp_path / "network"], tmp_path / "saved"
+    settings, for_ever = ["PAUSES=[(3, 'compute')]"], {"flags": flags, "iterations": 10**6}
+    with train_elsewhere(photos, saved, "local", *settings, **for_ever) as run:
+        with run.paused(3, "compute"):
+            [head] = [p for p in psutil.Process(run.pid).children(True) if p.name() == "gcs_server"]
+            head.kill()
+        assert run.wait(90) == 2, run.output()
+    out = run.output()
+    assert re.search(f"^Stopped at iteration \\d+: checkpoints in {saved}, network in ", out, re.M)
+    assert len(re.findall("^error: the head of the Ray cluster has not answered for", out, re.M)) == 1
+    assert_clean(out)
+
+
+# ---- two runs on one place
+
+
+def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(
+    thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys
+):
+    settings = ["CHECKPOINT_EVERY=1", "PAUSES=[(2, 'apply')]"]
+    with train_elsewhere(photos, tmp_path, one_ray, *settings) as run:
+        with run.paused(2, "apply"):
+            assert train_here(photos, tmp_path) == 2
+            why = f"--checkpoint-dir {tmp_path}: another run saves here"
+            assert capsys.readouterr().err == f"error: {why}\n"
+        run.wait_for("Iteration 13: loss")
+        run.kill()  # it is always saving
+    for leftover in ("ckpt-99.data-00000-of-00001.tempstate123", "ckpt-99.data-00000-of-00001"):
+        (tmp_path / leftover).write_bytes(b"half a save")
+    monkeypatch.setattr(thin, "NUM_WORKERS", 1)  # which computes both mini-batches
+    assert train_here(photos, tmp_path) == 0
+    assert re.search(f"^Resumed from {tmp_path} at iteration 1.$", capsys.readouterr().out, re.M)
+    assert checksums(tmp_path) == undisturbed
+
+
+def test_second_run_on_a_place_in_s3_has_it_from_then_on(
+    thin, one_ray, s3, photos, bucket, monkeypatch, capsys
+):
+    monkeypatch.setattr(thin, "NUM_WORKERS", 1)
+    place = f"s3://{bucket}/runs/1"
+    settings = ["NUM_WORKERS=1", "CHECKPOINT_EVERY=1", "PAUSES=[(2, 'apply')]"]
+    with train_elsewhere(photos, place, one_ray, *settings, iterations=5) as run:
+        with run.paused(2, "apply"):
+            assert train_here(photos, place, 9) == 0
+            assert f"Resumed from {place} at iteration 2" in capsys.readouterr().out
+            keys = {obj["Key"]: obj["ETag"] for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]}
+        assert run.wait() == 3, run.output()
+    now = {obj["Key"]: obj["ETag"] for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]}
+    assert now == keys and "runs/1/ckpt-9.index" in keys
+    line = rf"^The checkpoint of iteration (\d) is not saved: {place}: another run saves here now$"
+    assert re.findall(line, run.output(), re.M) == ["3", "4", "5"]
+    assert_clean(run.output())

@@ -1,0 +1,123 @@
+"""What hangs and what goes on: which data tasks run, and what Ray's processes on a node are at."""
+
+import contextlib
+import os
+import signal
+import time
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import ray
+
+from imagenet import InputError
+
+MAX_ENDED = 5  # processes that a data task may end before it is given up, also those of its hangs
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """Close file descriptor 2 for a while, to which C++ libraries write at any log level."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def process_state(pid):
+    """The title of a process, by which Ray says what it does, and whether it is stopped; "" if gone."""
+    try:
+        process = Path("/proc") / str(pid)
+        title, state = (process / "cmdline").read_text(), (process / "stat").read_text()
+    except OSError:
+        return "", False
+    return title.split("\0")[0], state.rpartition(")")[2].split()[0] in "Tt"
+
+
+def waits(pid):
+    """Whether an actor's process is there, not stopped, and waits for a call or its arguments.
+
+    Ray puts the method that it is in into the title, once the arguments are there.
+    """
+    title, stopped = process_state(pid)
+    return bool(title) and "." not in title and not stopped
+
+
+def end_process(pid, task):
+    """End the process in which a data task is; False if the task is not in it any more."""
+    title, _ = process_state(pid)
+    if title != f"ray::{task}":
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def end_stopped(tasks):
+    """End the processes of this node that are stopped, idle ones and those of data tasks.
+
+    `tasks` are the tasks' names. A Watch does not know of a task that was given to an idle process that
+    is stopped, or that was stopped before it could say that it begins. Returns the titles.
+    """
+    ended, titles = [], {f"ray::{name}" for name in ("IDLE", *tasks)}
+    for process in Path("/proc").glob("[0-9]*"):
+        title, stopped = process_state(process.name)
+        if stopped and title in titles:
+            os.kill(int(process.name), signal.SIGKILL)
+            ended.append(title)
+    return ended
+
+
+# A data task that runs: its name, the ids of its node and process, and since when.
+Begun = namedtuple("Begun", "name node pid since")
+
+
+@ray.remote(num_cpus=0, memory=1, max_restarts=-1, max_task_retries=-1)  # memory: see Helper
+class Watch:
+    """Knows which data tasks run, and how often each has ended its process.
+
+    One that Ray has restarted has forgotten both.
+    """
+
+    def __init__(self):
+        """No task has begun."""
+        self._running, self._ended = {}, Counter()
+
+    def begin(self, task, name, node, pid):
+        """A task begins. Returns how many processes it has ended so far, on nodes that are alive."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if task in self._running and self._running[task].node in alive:
+            self._ended[task] += 1
+        self._running[task] = Begun(name, node, pid, time.monotonic())
+        return self._ended[task]
+
+    def end(self, task):
+        """A task has ended, and its process goes on."""
+        self._running.pop(task, None)
+        self._ended.pop(task, None)
+
+    def late(self, seconds):
+        """The tasks that began longer ago; each is told once in so many seconds: a list of Begun."""
+        now = time.monotonic()
+        late = {task: run for task, run in self._running.items() if now - run.since > seconds}
+        self._running |= {task: run._replace(since=now) for task, run in late.items()}
+        return list(late.values())
+
+
+def watched(watch, function, *arguments):
+    """What a data task does: it calls a function, and tells a Watch when it begins and ends.
+
+    InputError if it has ended MAX_ENDED processes before.
+    """
+    context = ray.get_runtime_context()
+    task, name = context.get_task_id(), context.get_task_name()
+    begun = task, name, context.get_node_id(), os.getpid()
+    if ray.get(watch.begin.remote(*begun)) >= MAX_ENDED:
+        why = "too little memory, data on which it crashes, or too slow a node"
+        raise InputError(f"{name}: this task has ended {MAX_ENDED} processes ({why})")
+    try:
+        return function(*arguments)
+    finally:
+        watch.end.remote(task)
