@@ -28,13 +28,15 @@ def silent_stderr():
 
 
 def process_state(pid):
-    """The title of a process, by which Ray says what it does, and whether it is stopped; "" if gone."""
+    """The title of a process, by which Ray says what it does, whether it is stopped, and the id of its
+    parent; "", False, 0 if it is gone."""
     try:
         process = Path("/proc") / str(pid)
-        title, state = (process / "cmdline").read_text(), (process / "stat").read_text()
+        title, stat = (process / "cmdline").read_text(), (process / "stat").read_text()
     except OSError:
-        return "", False
-    return title.split("\0")[0], state.rpartition(")")[2].split()[0] in "Tt"
+        return "", False, 0
+    state, parent, *_ = stat.rpartition(")")[2].split()
+    return title.split("\0")[0], state in "Tt", int(parent)
 
 
 def waits(pid):
@@ -42,13 +44,13 @@ def waits(pid):
 
     Ray puts the method that it is in into the title, once the arguments are there.
     """
-    title, stopped = process_state(pid)
+    title, stopped, _ = process_state(pid)
     return bool(title) and "." not in title and not stopped
 
 
 def end_process(pid, task):
     """End the process in which a data task is; False if the task is not in it any more."""
-    title, _ = process_state(pid)
+    title, *_ = process_state(pid)
     if title != f"ray::{task}":
         return False
     os.kill(pid, signal.SIGKILL)
@@ -59,12 +61,13 @@ def end_stopped(tasks):
     """End the processes of this node that are stopped, idle ones and those of data tasks.
 
     `tasks` are the tasks' names. A Watch does not know of a task that was given to an idle process that
-    is stopped, or that was stopped before it could say that it begins. Returns the titles.
+    is stopped, or that was stopped before it could say that it begins. Returns the titles. What another
+    Ray on this machine has started is left alone: all processes of a node have one parent.
     """
     ended, titles = [], {f"ray::{name}" for name in ("IDLE", *tasks)}
     for process in Path("/proc").glob("[0-9]*"):
-        title, stopped = process_state(process.name)
-        if stopped and title in titles:
+        title, stopped, parent = process_state(process.name)
+        if stopped and title in titles and parent == os.getppid():
             os.kill(int(process.name), signal.SIGKILL)
             ended.append(title)
     return ended
