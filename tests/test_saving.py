@@ -111,6 +111,7 @@ def test_signals_at_any_moment_keep_the_last_whole_step(
         newest = sorted(path.stem for path in tmp_path.glob("*.index"))
         assert f"ckpt-{saved}" in newest or not saved
         before = saved
+    monkeypatch.setattr(thin, "NUM_WORKERS", 1)  # which computes both mini-batches
     assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED) == 0
     assert f"Resumed from {tmp_path} at iteration {before}\n" in capsys.readouterr().out
     assert checksums(tmp_path) == undisturbed
