@@ -142,11 +142,10 @@ def memory_needed(images):
     """A line that says what decoded images take of memory, and of disk if the stores are too small."""
     store = ray.cluster_resources().get("object_store_memory", 0)
     pixels = images * IMAGE_SIZE * IMAGE_SIZE * 3
-    text = f"About {images} images: {pixels / 1e9:.1f} GB decoded"
-    text += f", the object stores hold {store / 1e9:.1f} GB"
+    held = f"{pixels / 1e9:.1f} GB decoded, the object stores hold {store / 1e9:.1f} GB"
     if pixels > store:
-        text += f": {(pixels - store) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
-    return text
+        held += f": {(pixels - store) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
+    return f"About {images} images: {held}"
 
 
 def ask(node, function, *arguments, closed=None):
@@ -175,8 +174,8 @@ class DataTasks:
     """Starts the tasks on data: loading, labels, shuffle, mean image. Ray runs a task again if its
     process or its node dies, to rebuild what was lost, too, as often as that happens.
 
-    As long as this object lives, one thread looks after the tasks: it names one that hangs, and ends
-    its process. Another one looks whether the cluster's head is there.
+    Until it is closed, one thread names a task that hangs, and ends its process; another one looks
+    whether the cluster's head is there.
     """
 
     def __init__(self, say, timeout, fail, **options):
@@ -200,11 +199,13 @@ class DataTasks:
         limits = {"num_cpus": CPU_SLICE, "memory": int(min(shares, default=0)), "max_retries": -1}
         self._task = ray.remote(**limits | options)(watching.watched)
 
-    def __del__(self):
+    def close(self):
         """End the threads: Ray ends the process if one of them calls it after its end."""
         self._closed.set()
         for thread in self._threads:
             thread.join(5 * SHORT)
+
+    __del__ = close
 
     def start(self, function, *arguments, name=None, **options):
         """Start a task that calls a function of a carried module; its reference, or references.
@@ -219,7 +220,7 @@ class DataTasks:
 def _look_at_tasks(closed, watch, names, say, timeout):
     """Look every few seconds whether a task takes too long, and sometimes whether one is stopped."""
     look_for_stopped = time.monotonic() + timeout
-    while not closed.wait(LOOK) and ray.is_initialized():  # a call would start a Ray anew
+    while not closed.wait(LOOK):
         try:
             for late in _answer(watch.late.remote(timeout), closed):
                 if ask(late.node, watching.end_process, late.pid, late.name, closed=closed):
@@ -238,7 +239,7 @@ def _look_at_tasks(closed, watch, names, say, timeout):
 
 def _look_at_head(closed, fail):
     """Look every few seconds whether the cluster's head answers."""
-    while not closed.wait(LOOK) and ray.is_initialized():
+    while not closed.wait(LOOK):
         try:
             nodes_alive()
         except ClusterError as error:
@@ -375,18 +376,21 @@ class Helpers:
             del self._on[node]
 
     def restart_hung(self):
-        """Start helpers anew that are stuck, in a call or in their start.
+        """Start helpers anew that are stuck, in a call or in their start, and forget those that failed.
 
         Ray repeats the calls of one that was up; those of one that never came up fail.
         """
         for node, helper in list(self._on.items()):
             pid, since = self._starts[node]
-            up, _ = ray.wait([pid], timeout=0)
-            if up and not ask(node, watching.waits, ray.get(pid)):
-                ray.kill(helper, no_restart=False)
-                self._note_start(node)
-            elif not up and time.monotonic() - since > START:
-                ray.kill(self._on.pop(node))
+            try:
+                if not ask(node, watching.waits, ray.get(pid, timeout=0)):
+                    ray.kill(helper, no_restart=False)
+                    self._note_start(node)
+            except GetTimeoutError:
+                if time.monotonic() - since > START:
+                    ray.kill(self._on.pop(node))
+            except RayError:  # its node is gone, and Ray has known it for a place of images until now
+                del self._on[node]
 
     def draw_minibatches(self, batches, size, count, seed, iteration):
         """An iteration's `count` Drawn mini-batches, each `size` images of a random batch."""
@@ -409,11 +413,10 @@ class Helpers:
     def pass_on(self, ref, nodes):
         """Start to copy an object from this node to others, in rounds.
 
-        The first round has one copy. Each later round has as many copies as nodes hold the object by
-        then, since Ray copies from any of them. So this node sends about one copy a round, instead of
-        one a node. To 11 others over slow links it took 0.65 [0.39..1.13] of the time, to 7 over faster
-        ones 1.07 [0.68..1.19] (`benchmarks/links.py`).
-        Returns a dict of node -> reference that resolves once the object is there; None for this node.
+        A round has as many copies as nodes hold the object by then, since Ray copies from any of them:
+        so this node sends about one copy a round. To 11 others over slow links it took 0.65 [0.39..1.13]
+        of the time, to 7 over faster ones 1.07 [0.68..1.19] (`benchmarks/links.py`). Returns a dict of
+        node -> reference that resolves once the object is there; None for this node.
         """
         arrived, before = {self.here: None}, []
         rest = [node for node in nodes if node != self.here]
@@ -426,10 +429,9 @@ class Helpers:
     def add_gradients(self, gradients, nodes, say, timeout):
         """Sets of gradients, given as references, added up to one or two sets, returned as arrays.
 
-        `nodes` names the node on which each set lies. Sets are added two by two in the order of the
-        list. This tree is fixed, so that the floats are the same wherever the sets lie. Each sum is
-        formed on the node of its second part. If the sets of this node come first in the list, at most
-        one set comes here from another node.
+        `nodes` names the node of each set. Sets are added two by two in the order of the list: the floats
+        are the same wherever the sets lie. Each sum is formed on the node of its second part. If the
+        sets of this node come first, at most one set comes here from another node.
         """
         placed = list(zip(gradients, nodes, strict=True))
         while len(placed) > 2 or (len(placed) == 2 and self.here not in (placed[0][1], placed[1][1])):

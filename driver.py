@@ -24,7 +24,7 @@ faults = "Raylet is|The node with|A worker died|Task .* failed|.*killed due to|W
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", f"^({faults})")
 
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 import alexnet
 import cluster
@@ -58,7 +58,7 @@ LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
 
 
-def train(args, stop, report, outcome, actor, can_grow):
+def train(args, stop, report, outcome, tasks, actor, can_grow):
     """The write-up, chapter by chapter: load, label, shuffle, then synchronous data-parallel SGD."""
     say, bucket = report.say, args.s3_bucket
 
@@ -68,7 +68,6 @@ def train(args, stop, report, outcome, actor, can_grow):
     start.must_match(constants, ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS"], say)
 
     # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
-    tasks = cluster.DataTasks(say, TASK_TIMEOUT, stop.fail)
     training = load(bucket, args.key_prefix, args.label_file, say, tasks)
     start.must_match(source := training.source, ["tars", "labels"], say)
     held_out = load(bucket, args.val_prefix, args.val_label_file, say, tasks)
@@ -209,7 +208,7 @@ def explain(error):
         return f"a node's object store and disk are full: {hint}"
     if isinstance(cause, imagenet.InputError | cluster.ClusterError):
         return str(cause)
-    if isinstance(cause, RayError) and cause is not error:
+    if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
         return f"Ray cannot go on: {workers.first_line(cause)}"
     raise error
 
@@ -256,12 +255,13 @@ def main(argv=None, report=None, actor=functions.Worker):
             for number in handlers:
                 signal.signal(number, stop)  # again: Ray's start sets a handler of its own
         outcome = results.Outcome(args, report)
-        try:
-            train(args, stop, report, outcome, actor, can_grow)
-        finally:  # whatever the end is, what is trained is saved
-            failed = stop.error or isinstance(sys.exc_info()[1], Exception)
-            with stop.held():
-                whole = outcome.finish(failed)
+        with contextlib.closing(cluster.DataTasks(report.say, TASK_TIMEOUT, stop.fail)) as tasks:
+            try:
+                train(args, stop, report, outcome, tasks, actor, can_grow)
+            finally:  # whatever the end is, what is trained is saved
+                failed = stop.error or isinstance(sys.exc_info()[1], Exception)
+                with stop.held():
+                    whole = outcome.finish(failed)
         status = 0 if whole else 3
     except KeyboardInterrupt:
         status = 128 + (stop.signum or signal.SIGINT)

@@ -165,6 +165,16 @@ def test_weights_are_passed_on_in_rounds(one_ray, nodes, rounds):
     assert all(sizes[number] <= 2 ** (number - 1) for number in sizes)
 
 
+def test_a_helper_on_a_node_that_is_gone_is_forgotten(one_ray):
+    helpers, gone = cluster.Helpers(), "0" * 56
+    start = helpers.on(gone).pid.remote()
+    helpers.on(helpers.here)
+    with pytest.raises(ray.exceptions.ActorUnschedulableError):
+        ray.get(start)
+    helpers.restart_hung()
+    assert helpers.nodes() == {helpers.here}
+
+
 # ---- workers of other classes
 
 
