@@ -29,7 +29,6 @@ ASKED = 3  # times that a node is asked before its silence is an answer
 START = 60  # seconds in which a helper has started
 CONNECT = 5  # seconds in which a process on a healthy node can be connected to
 LOOK = 5  # seconds between two looks whether the cluster is there and whether a data task hangs
-
 CRASHES_IN_A_ROW = 3  # of workers with one request, or on one node, before it is given up
 RETRY_START = 2  # seconds after which a worker is started again where one failed; longer each time
 LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
@@ -414,8 +413,8 @@ class Helpers:
         """Start to copy an object from this node to others, in rounds.
 
         A round has as many copies as nodes hold the object by then, since Ray copies from any of them:
-        so this node sends about one copy a round. To 11 others over slow links it took 0.65 [0.39..1.13]
-        of the time, to 7 over faster ones 1.07 [0.68..1.19] (`benchmarks/links.py`). Returns a dict of
+        so this node sends about one a round. To 11 others over slow links it took 0.65 [0.39..1.13] of
+        the time, to 7 over faster ones 1.07 [0.68..1.19] (`benchmarks/links.py`). Returns a dict of
         node -> reference that resolves once the object is there; None for this node.
         """
         arrived, before = {self.here: None}, []
@@ -429,9 +428,9 @@ class Helpers:
     def add_gradients(self, gradients, nodes, say, timeout):
         """Sets of gradients, given as references, added up to one or two sets, returned as arrays.
 
-        `nodes` names the node of each set. Sets are added two by two in the order of the list: the floats
-        are the same wherever the sets lie. Each sum is formed on the node of its second part. If the
-        sets of this node come first, at most one set comes here from another node.
+        `nodes` names the node of each set. Sets are added two by two in the order of the list, wherever
+        they lie: the floats are the same. Each sum is formed on the node of its second part. If this
+        node's sets come first, at most one set comes here from another node.
         """
         placed = list(zip(gradients, nodes, strict=True))
         while len(placed) > 2 or (len(placed) == 2 and self.here not in (placed[0][1], placed[1][1])):
