@@ -17,11 +17,12 @@ from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import watching
+from adding import leaves, share_out
 from functions import CPU_SLICE, Helper, multiplies_bfloat16, random_batch
 from imagenet import IMAGE_SIZE, PATIENCE
 
 # What runs on other nodes, too.
-CARRIED_MODULES = ("alexnet", "decoding", "functions", "imagenet", "watching")
+CARRIED_MODULES = ("adding", "alexnet", "decoding", "functions", "imagenet", "watching")
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
 SHORT = 0.5  # seconds between two looks whether an answer is still wanted
@@ -426,25 +427,23 @@ class Helpers:
         return arrived
 
     def add_gradients(self, gradients, nodes, say, timeout):
-        """Sets of gradients, given as references, added up to one or two sets, returned as arrays.
+        """Have the nodes add up sets of gradients, given as references, where they lie (`share_out`).
 
-        `nodes` names the node of each set. Sets are added two by two in the order of the list, wherever
-        they lie: the floats are the same. Each sum is formed on the node of its second part. If this
-        node's sets come first, at most one set comes here from another node.
+        `nodes` names the node of each set. Returns what is left to add: a tree, and a dict of index ->
+        set for it.
         """
-        placed = list(zip(gradients, nodes, strict=True))
-        while len(placed) > 2 or (len(placed) == 2 and self.here not in (placed[0][1], placed[1][1])):
-            pairs = [placed[i : i + 2] for i in range(0, len(placed), 2)]
-            placed = [self._add(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-        refs = [gradients for gradients, _ in placed]
+        steps, tree = share_out(nodes, self.here)
+        refs = list(gradients)
+        for node, part in steps:
+            indexes = leaves(part)
+            sets = [refs[index] for index in indexes]
+            refs.append(self.on(node).add_gradients.remote(part, indexes, *sets))
+        indexes = leaves(tree)
+        left = [refs[index] for index in indexes]
         restart = time.monotonic() + timeout
-        while ray.wait(refs, num_returns=len(refs), timeout=min(PATIENCE, timeout))[1]:
+        while ray.wait(left, num_returns=len(left), timeout=min(PATIENCE, timeout))[1]:
             say("The gradients are still added up")
             if time.monotonic() >= restart:
                 self.restart_hung()
                 restart += timeout
-        return ray.get(refs)
-
-    def _add(self, first, second):
-        (a, _), (b, node) = first, second
-        return self.on(node).add_gradients.remote(a, b), node
+        return tree, dict(zip(indexes, ray.get(left), strict=True))

@@ -4,22 +4,19 @@ Everything random is drawn from a seed that is an argument: a task that runs aga
 object, makes the same object.
 """
 
-import itertools
 import math
 import os
 import platform
 import re
 import zlib
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial, reduce
 from pathlib import Path
 
 import cv2
 import numpy as np
 import ray
-from ml_dtypes import bfloat16
 
+from adding import sum_of_sets
 from decoding import one_line
 from imagenet import CROP_SIZE, PATIENCE, InputError, report_loading
 
@@ -30,8 +27,6 @@ CPU_SLICE = 0.05
 VALIDATION_STEP = 50  # images of a validation request that go through the network at once
 
 NO_LABEL = -1
-
-BLOCK = 2**19  # floats that are computed on at once: a few such blocks stay in the cache
 
 
 # References to `count` images uint8 [n, 256, 256, 3] and to their labels int32 [n].
@@ -262,42 +257,6 @@ def aligned_empty(shape):
     return memory[start : start + size].view(np.float32).reshape(shape)
 
 
-def as_float32(array):
-    """A float32 array itself; one of bfloat16's bits, uint16, exactly as float32."""
-    return array.view(bfloat16).astype(np.float32) if array.dtype == np.uint16 else array
-
-
-def mean_of(sums, count, weights, decays, means):
-    """Write the mean of `count` gradients plus weight decay into `means`; returns its norm, a float.
-
-    The norm is not finite if any value is not. `sums` are the gradients' sum, or two parts of it, which
-    gives the same bits. `decays` are numbers, one a variable: how much of the weight is added. All else
-    are lists of arrays, one a variable: `means` float32, the others too or bfloat16's bits. It goes
-    through memory once, block by block. OpenCV saves 10 ms of an iteration of 585 (bfloat16,
-    `benchmarks/step.py` with NumPy instead), and its arithmetic decides the bits of every run.
-    """
-    rows = [[array.reshape(1, -1) for array in arrays] for arrays in (means, weights, *sums)]
-
-    def one_block(variable, start):
-        block = slice(start, start + BLOCK)  # of rows: OpenCV takes four values alone for a colour
-        mean, weight, *parts = (as_float32(arrays[variable][:, block]) for arrays in rows)
-        total = reduce(partial(np.add, out=mean), parts)
-        cv2.addWeighted(total, 1 / count, weight, decays[variable], 0, dst=mean)
-        return cv2.norm(mean, cv2.NORM_L2SQR)
-
-    places = [(i, start) for i, mean in enumerate(rows[0]) for start in range(0, mean.size, BLOCK)]
-    cpus = os.cpu_count()
-    shares = [places[len(places) * i // cpus : len(places) * (i + 1) // cpus] for i in range(cpus)]
-    with ThreadPoolExecutor(cpus) as threads:
-        squares = threads.map(lambda share: [one_block(*place) for place in share], shares)
-        return math.sqrt(sum(itertools.chain(*squares)))  # in the order of the blocks
-
-
-def all_finite(arrays):
-    """Whether no array holds a NaN or an infinity."""
-    return all(np.isfinite(as_float32(array)).all() for array in arrays)
-
-
 # ---- actors
 
 
@@ -333,9 +292,9 @@ class Helper:
         """Copy objects to this node. Ray calls this once the results of calls `before` are there."""
         ray.get(refs)
 
-    def add_gradients(self, a, b):
-        """The sums of two lists of arrays, variable by variable, in float32."""
-        return [as_float32(x) + as_float32(y) for x, y in zip(a, b, strict=True)]
+    def add_gradients(self, tree, indexes, *sets):
+        """The sum of sets of gradients, which have indexes in a tree: see `sum_of_sets`."""
+        return sum_of_sets(tree, dict(zip(indexes, sets, strict=True)))
 
 
 @ray.remote

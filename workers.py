@@ -13,8 +13,9 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 import cluster
+from adding import all_finite, mean_of
 from cluster import CRASHES_IN_A_ROW, ClusterError, Patience, Room, ask, lives, on_node
-from functions import CPU_SLICE, Worker, aligned_empty, all_finite, generator, mean_of
+from functions import CPU_SLICE, Worker, aligned_empty, generator
 from imagenet import PATIENCE, InputError
 from watching import waits
 
@@ -254,10 +255,10 @@ class Workers:
             try:
                 gradients = [result.refs[0] for result in self._results]
                 nodes = [result.node for result in self._results]
-                sums = self._helpers.add_gradients(gradients, nodes, self._report.say, self._timeout)
+                left = self._helpers.add_gradients(gradients, nodes, self._report.say, self._timeout)
                 [weights] = ray.get(weightrefs)
                 self._means = self._means or [aligned_empty(weight.shape) for weight in weights]
-                norm = mean_of(sums, len(gradients), weights, decays, self._means)
+                norm = mean_of(*left, len(gradients), weights, decays, self._means)
                 if not math.isfinite(norm):
                     self._check([all_finite(ray.get(ref)) for ref in gradients], "gradient")
                     raise ClusterError(f"iteration {iteration}: the gradients' sum is not finite")

@@ -197,6 +197,7 @@ def first_losses(args):
     """The first float32 losses of driver.py, and those of one session on the same mini-batches."""
     import ray
 
+    import adding
     import cluster
     import functions
     import workers
@@ -229,7 +230,8 @@ def first_losses(args):
                 got = network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed)
                 gradients.append(got[0])
                 own_losses.append(got[1])
-            norm = workers.mean_of(gradients, len(gradients), network.weights(), decays, means)
+            tree, sets = adding.tree_of(len(gradients)), dict(enumerate(gradients))
+            norm = adding.mean_of(tree, sets, len(sets), network.weights(), decays, means)
             network.apply(means, norm, network.rule.rate(iteration))
             rows.append((iteration, np.mean(losses), np.mean(own_losses)))
             self.resume()  # the time of this is no part of an iteration

@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 from ml_dtypes import bfloat16
 
+import adding
 import alexnet
-import functions
 import results
 from imagenet import InputError
 from tests.support import THIN
@@ -164,9 +164,9 @@ def test_bfloat16_weights_travel_as_their_bits():
     for weight, sent, kept, wide in zip(*sets, strict=True):
         assert sent.dtype == kept.dtype == np.uint16
         np.testing.assert_array_equal(sent, kept)
-        np.testing.assert_array_equal(functions.as_float32(sent), wide)
+        np.testing.assert_array_equal(adding.as_float32(sent), wide)
         np.testing.assert_array_equal(wide, weight.astype(bfloat16).astype(np.float32))
-        assert functions.as_float32(weight) is weight
+        assert adding.as_float32(weight) is weight
 
 
 def test_bfloat16_is_near_float32_and_not_the_same():
@@ -176,7 +176,7 @@ def test_bfloat16_is_near_float32_and_not_the_same():
         worker = alexnet.AlexNet(THIN, num_classes=10, precision=precision)
         worker.update_weights(local.weights(precision))
         gradients, loss = worker.compute_grad(images, y_true, 1.0, [0, 0])
-        results.append(([functions.as_float32(gradient) for gradient in gradients], loss))
+        results.append(([adding.as_float32(gradient) for gradient in gradients], loss))
     (exact, loss), (rounded, near) = results
     assert near == pytest.approx(loss, rel=0.01)
     for a, b in zip(exact, rounded, strict=True):

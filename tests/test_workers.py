@@ -6,8 +6,8 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from ml_dtypes import bfloat16
 
+import adding
 import alexnet
 import cluster
 import functions
@@ -48,58 +48,15 @@ def test_more_workers_than_this_machine_holds(one_ray):
 # ---- gradients
 
 
-def random_sets(count, *shapes):
-    rng = np.random.default_rng(0)
-    return [[rng.standard_normal(shape, np.float32) for shape in shapes] for _ in range(count)]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-def test_mean_gradients_is_the_mean_by_a_fixed_tree(one_ray, count):
-    shapes = (3, 4), (4,), (functions.BLOCK + 5, 2)
-    sets, weights = random_sets(count, *shapes), [np.ones(shape, np.float32) for shape in shapes]
-    helpers, got = cluster.Helpers(), [np.empty_like(weight) for weight in weights]
-    refs, nodes = [ray.put(grads) for grads in sets], [helpers.here] * count
-    sums = helpers.add_gradients(refs, nodes, print, 100)
-    assert len(sums) == min(count, 2)
-    norm = functions.mean_of(sums, count, weights, [0, 0, 0], got)
-    assert norm == pytest.approx(np.linalg.norm([np.linalg.norm(mean) for mean in got]), rel=1e-3)
-    tree = sets
-    while len(tree) > 1:
-        pairs = [tree[i : i + 2] for i in range(0, len(tree), 2)]
-        tree = [[sum(g[1:], start=g[0]) for g in zip(*p, strict=True)] for p in pairs]
-    for mean, total in zip(got, tree[0], strict=True):
-        np.testing.assert_array_equal(mean, total * np.float32(1 / count))
-
-
-@pytest.mark.parametrize("kind", [np.float32, bfloat16])
-def test_mean_has_each_variables_decay(one_ray, kind):
-    """Of float32 or of bfloat16's bits, and to the same bits wherever the gradients were added."""
-    weights, a, b = ([x.astype(kind) for x in arrays] for arrays in random_sets(3, (30, 40), 40))
-    sent = [
-        [x.view(np.uint16) if kind is bfloat16 else x for x in arrays] for arrays in (weights, a, b)
-    ]
-    helpers = cluster.Helpers()
-    added = ray.get(helpers.on(helpers.here).add_gradients.remote(*sent[1:]))
-    got, same = ([np.empty(w.shape, np.float32) for w in weights] for _ in range(2))
-    norm = functions.mean_of(sent[1:], 2, sent[0], [0.3, 0], got)
-    assert norm == functions.mean_of([added], 2, sent[0], [0.3, 0], same)
-    for x, y in zip(got, same, strict=True):
-        np.testing.assert_array_equal(x, y)
-    (w, _), (a, a_bias), (b, b_bias) = ([x.astype(np.float32) for x in xs] for xs in (weights, a, b))
-    np.testing.assert_allclose(got[0], (a + b) / 2 + 0.3 * w, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(got[1], (a_bias + b_bias) / 2)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_mean_tells_any_value_that_is_not_finite(bad):
-    weights = [np.ones((3, 4), np.float32), np.ones(5, np.float32)]
-    sets = [[np.ones_like(weight) for weight in weights] for _ in range(2)]
-    got = [np.empty_like(weight) for weight in weights]
-    assert functions.all_finite(sets[1])
-    assert np.isfinite(functions.mean_of(sets, 2, weights, [5e-4, 0], got))
-    sets[1][0][2, 1] = bad
-    assert not functions.all_finite(sets[1])
-    assert not np.isfinite(functions.mean_of(sets, 2, weights, [5e-4, 0], got))
+def test_gradients_are_added_up_by_helpers_and_here(one_ray):
+    sets = [[np.full((3, 4), 2.0**-i, np.float32), np.full(5, float(i), np.float32)] for i in range(5)]
+    helpers, refs = cluster.Helpers(), [ray.put(grads) for grads in sets]
+    tree, left = helpers.add_gradients(refs, [helpers.here] * 5, print, 100)
+    assert tree == adding.tree_of(5) and list(left) == [0, 1, 2, 3, 4]
+    helper = helpers.on(helpers.here)
+    added = ray.get(helper.add_gradients.remote(tree, [0, 1, 2, 3, 4], *refs))
+    for total, *parts in zip(added, *sets, strict=True):
+        np.testing.assert_array_equal(total, sum(parts))
 
 
 # ---- between nodes
@@ -122,28 +79,7 @@ class Noted(cluster.Helpers):
             self.calls[ref] = node, arguments
             return ref
 
-        return namedtuple("NotedHelper", "fetch add_gradients")(Call(note), Call(note))
-
-
-@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
-def test_one_set_of_gradients_comes_to_this_node(one_ray, nodes):
-    """Which sums are formed where, for two mini-batches a node."""
-    helpers = Noted()
-    names = [helpers.here, *range(1, nodes)]
-    places = {ray.put(None): node for node in names for _ in "ab"}
-    helpers.add_gradients(list(places), list(places.values()), print, 100)
-    places |= {ref: node for ref, (node, _) in helpers.calls.items()}
-    moves = [
-        (places[part], node)
-        for node, parts in helpers.calls.values()
-        for part in parts
-        if places[part] != node
-    ]
-    added = {part for _, parts in helpers.calls.values() for part in parts}
-    moves += [(places[ref], helpers.here) for ref in places if ref not in added]
-    moves = [(start, end) for start, end in moves if start != end]
-    assert [end for _, end in moves].count(helpers.here) == (nodes > 1)
-    assert len(moves) == nodes - 1 + (nodes > 2)
+        return namedtuple("NotedHelper", "fetch")(Call(note))
 
 
 @pytest.mark.parametrize(("nodes", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3), (64, 6)])
