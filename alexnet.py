@@ -102,23 +102,52 @@ def seeded_dropout(x, keep_probability, seed):
     return x * tf.cast(draw < keep_probability, x.dtype) / tf.cast(keep_probability, x.dtype)
 
 
+class Schedule:
+    """The learning rate of each iteration, where an iteration has `images` images.
+
+    Its peak is `rate` times (images / base) to the `power`: 1 keeps the step of an image (Goyal et al.
+    2017, section 2.1), 0.5 keeps the variance of a step (Krizhevsky 2014), and 0 is the same rate for
+    any number of images. A peak above `rate` is reached from there, in equal steps over the first
+    `warm_up` images (Goyal et al., section 2.2). From each of `drops` on, which are numbers of images,
+    too, the rate is a tenth of what it was (paper, section 5).
+    """
+
+    def __init__(self, rate, base, power, warm_up, drops, images):
+        """Take the hyperparameters; `base` is the number of images that `rate` is for."""
+        self.peak = rate * (images / base) ** power
+        self._first, self._warm_up, self._drops = min(rate, self.peak), warm_up, drops
+        self._images = images
+
+    def __call__(self, iteration):
+        """The learning rate of an iteration."""
+        seen = iteration * self._images
+        risen = min(1, seen / self._warm_up) if self._warm_up else 1
+        rate = self._first + (self.peak - self._first) * risen
+        return rate / 10 ** sum(seen >= drop for drop in self._drops)
+
+    def __str__(self):
+        """What a run uses, for its first lines."""
+        text = f"{self.peak:.3g}"
+        if self._warm_up and self.peak > self._first:
+            text += f", up from {self._first:.3g} over {self._warm_up} images"
+        if self._drops:
+            text += f", a tenth of it from {' and '.join(map(str, self._drops))} images on"
+        return text
+
+
 class Momentum:
     """The update rule, from a mean gradient to new weights: SGD with momentum (paper, section 5).
 
     v = m v - rate g, w = w + v, where g is the mean gradient plus `weight_decay` times the kernels (as
     in Caffe, biases do not decay), shortened to `clip_norm` if it is longer. So momentum keeps steps,
     with the rates of their time; TensorFlow's own optimizer keeps sums of gradients, to which a new
-    rate applies at once. The rate is `learning_rate`, and a tenth of it from each of `drops` on.
+    rate applies at once.
     """
 
-    def __init__(self, learning_rate, drops, momentum, weight_decay, clip_norm):
-        """Take the hyperparameters; `drops` are numbers of iterations."""
-        self.learning_rate, self.drops, self.momentum = learning_rate, drops, momentum
+    def __init__(self, rate, momentum, weight_decay, clip_norm):
+        """Take the hyperparameters; `rate` is a Schedule."""
+        self.rate, self.momentum = rate, momentum
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
-
-    def rate(self, iteration):
-        """The learning rate of an iteration."""
-        return self.learning_rate / 10 ** sum(iteration >= drop for drop in self.drops)
 
     def decays(self, shapes):
         """How much of each parameter is added to its mean gradient: kernels alone decay."""

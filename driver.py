@@ -45,8 +45,11 @@ ACCURACY_EVERY = 10  # iterations between two accuracies
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
 VALIDATE_EVERY = 1000  # iterations between two validations; the last iteration is followed by one
 CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
-LEARNING_RATE = 0.005  # step size; the paper's 0.01 is for mini-batches of 128 images
-LEARNING_RATE_DROPS = ()  # iterations from which on it is a tenth of what it was (paper, section 5)
+LEARNING_RATE = 0.005  # step size for LEARNING_RATE_IMAGES; the paper's 0.01 is for 128
+LEARNING_RATE_IMAGES = 40  # images of an iteration that it is for
+LEARNING_RATE_POWER = 0.5  # how it follows them: 1 in proportion (Goyal et al. 2017), 0.5 as the root
+WARM_UP = 5000  # images over which a higher rate is reached (Goyal et al. 2017, section 2.2)
+LEARNING_RATE_DROPS = ()  # images from which on it is a tenth of what it was (paper, section 5)
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
 WEIGHT_DECAY = 5e-4  # pull of the kernels towards zero, added to the mean gradient (paper, section 5)
 CLIP_NORM = 10.0  # a mean gradient that is longer is shortened to it, or the loss can jump back
@@ -84,7 +87,7 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     pool = workers.Workers(
         count, resources, network, precision, helpers, timeouts, report, can_grow, actor
     )
-    rule = alexnet.Momentum(LEARNING_RATE, LEARNING_RATE_DROPS, MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
+    rule = update_rule(mini_batches * MINI_BATCH)
     local = alexnet.AlexNet(**network, rule=rule)
     rng = functions.generator(SEED, "initial weights")
     local.restore(start.state or local.initial_state(INITIAL_WEIGHTS, rng), start.iteration)
@@ -101,6 +104,7 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     pool.wait()
     images = f"{mini_batches} mini-batches of {MINI_BATCH} images, in {precision}"
     say(f"{pool.count} workers; an iteration is {images}")
+    say(f"The learning rate is {rule.rate}")
     if start.iteration:
         say(f"Resumed from {args.checkpoint_dir} at iteration {start.iteration}")
     elif can_grow and not NUM_WORKERS:
@@ -143,6 +147,12 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
         report.lap("apply")
         report.iteration(iteration, losses, mini_batches * MINI_BATCH, norm, rate)
         minibatches = upcoming
+
+
+def update_rule(images):
+    """The update rule of a run whose iterations have so many images."""
+    rates = LEARNING_RATE, LEARNING_RATE_IMAGES, LEARNING_RATE_POWER, WARM_UP, LEARNING_RATE_DROPS
+    return alexnet.Momentum(alexnet.Schedule(*rates, images), MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
 
 
 def load(bucket, prefix, label_file, say, tasks):

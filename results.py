@@ -139,6 +139,8 @@ class Start(NamedTuple):
             raise InputError(f"{self.place} {what}; restore that or name another --checkpoint-dir")
         for key, was in changed.items():
             say(f"{key} is {run[key]} from here on, was {was}")
+        if new := [f"{key} = {run[key]}" for key in run if self.run and key not in self.run]:
+            say(f"From here on {' and '.join(new)}: {self.place} is of before that")
 
 
 OWNER = "checkpoint.owner"  # the file in S3 that names the run whose checkpoints these are

@@ -173,8 +173,7 @@ def driver_network(**options):
     import driver
     import functions
 
-    rates = driver.LEARNING_RATE, driver.LEARNING_RATE_DROPS, driver.MOMENTUM
-    rule = alexnet.Momentum(*rates, driver.WEIGHT_DECAY, driver.CLIP_NORM)
+    rule = driver.update_rule(WORKERS * driver.MINI_BATCH)
     network = alexnet.AlexNet(driver.LAYERS, driver.NUM_CLASSES, rule, **options)
     rng = functions.generator(driver.SEED, "initial weights")
     network.restore(network.initial_state(driver.INITIAL_WEIGHTS, rng))

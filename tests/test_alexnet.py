@@ -25,7 +25,7 @@ LONG = 1e9  # a norm that no gradient here has
 
 def thin_network(momentum=0.0, clip_norm=LONG):
     """The thin network, which SGD trains."""
-    rule = alexnet.Momentum(0.1, (), momentum, 0.0, clip_norm)
+    rule = alexnet.Momentum(None, momentum, 0.0, clip_norm)
     network = alexnet.AlexNet(THIN, num_classes=10, rule=rule)
     network.restore(network.initial_state("he", np.random.default_rng(0)))
     return network
@@ -112,20 +112,29 @@ def test_dropout_keeps_the_mean():
 # ---- the update rule
 
 
-def test_rate_is_a_tenth_from_each_drop_on():
-    rule = alexnet.Momentum(0.5, (10, 20), 0.9, 0.0, LONG)
-    assert [rule.rate(iteration) for iteration in (0, 9, 10, 19, 20, 999)] == pytest.approx(
-        [0.5, 0.5, 0.05, 0.05, 0.005, 0.005]
-    )
+@pytest.mark.parametrize(("power", "peak"), [(0, 0.1), (0.5, 0.4), (1, 1.6)])
+def test_rate_follows_the_images_of_an_iteration(power, peak):
+    rate = alexnet.Schedule(0.1, 40, power, 0, (), 640)
+    assert rate(0) == rate(999) == rate.peak == pytest.approx(peak)
+    assert alexnet.Schedule(0.1, 40, power, 5000, (), 40)(0) == 0.1  # exactly, from the first step on
+
+
+def test_rate_rises_to_a_higher_peak_and_falls_to_a_tenth_from_each_drop_on():
+    rate = alexnet.Schedule(0.1, 40, 1, 800, (1600, 2400), 160)
+    rates = [rate(iteration) for iteration in (0, 1, 5, 9, 10, 14, 15, 999)]
+    assert rates == pytest.approx([0.1, 0.16, 0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
+    assert str(rate) == "0.4, up from 0.1 over 800 images, a tenth of it from 1600 and 2400 images on"
+    lower = alexnet.Schedule(0.1, 40, 1, 800, (), 20)
+    assert lower(0) == lower(999) == pytest.approx(0.05) and str(lower) == "0.05"
 
 
 def test_kernels_decay_and_biases_do_not():
-    rule = alexnet.Momentum(0.5, (), 0.9, 5e-4, LONG)
+    rule = alexnet.Momentum(None, 0.9, 5e-4, LONG)
     assert rule.decays(alexnet.weight_shapes(THIN, 10)) == [5e-4, 0] * 8
 
 
 def test_only_a_longer_gradient_is_shortened():
-    rule = alexnet.Momentum(0.5, (), 0.9, 0.0, 10.0)
+    rule = alexnet.Momentum(None, 0.9, 0.0, 10.0)
     assert [rule.clipped(0.5, norm) for norm in (0.0, 9.0, 10.0, 40.0)] == [0.5, 0.5, 0.5, 0.125]
 
 
@@ -314,12 +323,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_p
     start, said = results.Checkpoints(str(tmp_path), print).newest(), []
     with pytest.raises(InputError, match=r"different are SEED \(was 0\)"):
         start.must_match(RUN | {"SEED": "1"}, FIXED, said.append)
-    start.must_match({"SEED": "0"}, FIXED, said.append)
+    start.must_match(RUN, FIXED, said.append)
     assert said == []
     start.must_match(RUN | {"LEARNING_RATE": "0.2"}, FIXED, said.append)
     assert said == ["LEARNING_RATE is 0.2 from here on, was 0.1"]
+    start.must_match({"WARM_UP": "5", "POWER": "1"}, FIXED, said.append)  # of a program that had none
+    assert said[1:] == [f"From here on WARM_UP = 5 and POWER = 1: {tmp_path} is of before that"]
     results.Start(None).must_match(RUN | {"SEED": "1"}, FIXED, said.append)  # there is none to match
-    assert len(said) == 1
+    assert len(said) == 2
 
 
 def test_a_save_that_fails_is_one_clear_line_and_the_next_one_is_tried(tmp_path):

@@ -85,7 +85,7 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
 ):
     for name, value in {
         "LEARNING_RATE": 0.5,
-        "LEARNING_RATE_DROPS": (1, 3),
+        "LEARNING_RATE_DROPS": (40, 120),
         "CLIP_NORM": 0.01,
         "MOMENTUM": 0.0,
     }.items():

@@ -46,11 +46,7 @@ def six_undisturbed(thin, one_ray, photos, tmp_path, monkeypatch):
 
     It begins at a checkpoint of iteration 0, which says how many mini-batches there are.
     """
-    rule = alexnet.Momentum(
-        *(thin.LEARNING_RATE, thin.LEARNING_RATE_DROPS, thin.MOMENTUM),
-        *(thin.WEIGHT_DECAY, thin.CLIP_NORM),
-    )
-    network = alexnet.AlexNet(WIDE, num_classes=10, rule=rule)
+    network = alexnet.AlexNet(WIDE, num_classes=10, rule=thin.update_rule(6 * thin.MINI_BATCH))
     network.restore(network.initial_state("he", functions.generator(0, "initial weights")))
     network.snapshot()
     facts = {"iteration": 0, "mini_batches": 6, "precision": "float32", "run": {}}
