@@ -1,6 +1,6 @@
 """Does it learn? Accuracy of driver.py beside a plain single-process AlexNet, on the same photographs.
 
-    python benchmarks/learning.py FOLDER [--images 50000] [--precision float32] [--mini-batch 20]
+    python benchmarks/learning.py FOLDER [--images 50000] [--precision float32] [--mini-batches 2]
 
 FOLDER is laid out like the bucket: tars below ILSVRC2012_img_train/ and ILSVRC2012_img_val/, train.txt
 and val.txt. Runs one after the other, with as many images each:
@@ -20,10 +20,13 @@ import argparse
 import csv
 import io
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from measuring import WORKERS, driver_network, loopback, run_apart
+
+from tests.support import save_start
 
 HERE = Path(__file__).resolve().parent
 TRAIN, VAL = ("ILSVRC2012_img_train/", "train.txt"), ("ILSVRC2012_img_val/", "val.txt")
@@ -44,22 +47,27 @@ def configured(args):
 
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.SEED = WORKERS, args.mini_batch, args.seed
     driver.PRECISION = args.precision
-    driver.VALIDATE_EVERY = max(1, args.validate_every // (WORKERS * args.mini_batch))
-    for name in ("LEARNING_RATE", "INITIAL_WEIGHTS"):
+    driver.VALIDATE_EVERY = max(1, args.validate_every // images_of(args))
+    for name in ("LEARNING_RATE", "LEARNING_RATE_POWER", "WARM_UP", "INITIAL_WEIGHTS"):
         value = getattr(args, name.lower())
         setattr(driver, name, getattr(driver, name) if value is None else value)
-    if args.drops:
-        driver.LEARNING_RATE_DROPS = tuple(n // (WORKERS * args.mini_batch) for n in args.drops)
+    driver.LEARNING_RATE_DROPS = tuple(args.drops)
     return driver
+
+
+def images_of(args):
+    """Images of an iteration."""
+    return args.mini_batches * args.mini_batch
 
 
 def drive(args, iterations, report, *flags):
     """Run driver.py on the folder, watched by a report."""
     driver = configured(args)
-    with loopback() as s3:
+    with loopback() as s3, tempfile.TemporaryDirectory() as saved:
+        save_start(saved, driver_network(), args.mini_batches, args.precision)
         bucket = serve_folder(s3, args.folder)
         places = ["--key-prefix", TRAIN[0], "--label-file", TRAIN[1]]
-        limit = ["--iterations", str(iterations)]
+        limit = ["--iterations", str(iterations), "--checkpoint-dir", saved]
         if status := driver.main(["--s3-bucket", bucket, *places, *limit, *flags], report=report):
             sys.exit(status)
 
@@ -68,7 +76,7 @@ def ours(args):
     """A list of (images, tag, value) of a run of driver.py."""
     from results import Report
 
-    batch, rows = WORKERS * args.mini_batch, []
+    batch, rows = images_of(args), []
 
     class Kept(Report):
         """Says and draws all as ever, and keeps the losses and validations."""
@@ -146,7 +154,7 @@ def reference(args):
     rng = functions.generator(args.seed, "initial weights")
     start = alexnet.initial_weights(alexnet.LAYERS, driver.NUM_CLASSES, driver.INITIAL_WEIGHTS, rng)
     model.set_weights([w.reshape(v.shape) for w, v in zip(start, model.get_weights(), strict=True)])
-    clip = {"global_clipnorm": driver.CLIP_NORM}
+    clip, rule = {"global_clipnorm": driver.CLIP_NORM}, driver.update_rule(images_of(args))
     optimizer = tf.keras.optimizers.SGD(driver.LEARNING_RATE, driver.MOMENTUM, **clip)
     loss_of = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -166,7 +174,7 @@ def reference(args):
     images, labels = decoded(args.folder, *TRAIN)
     held_out, truth = decoded(args.folder, *VAL)
     mean = np.mean(images, axis=0, dtype=np.float64).astype(np.float32)
-    rng, order, rows, batch = np.random.default_rng(args.seed), [], [], WORKERS * args.mini_batch
+    rng, order, rows, batch = np.random.default_rng(args.seed), [], [], images_of(args)
 
     def validate(seen):
         parts = range(0, len(held_out), 50)
@@ -184,8 +192,7 @@ def reference(args):
         chosen, order = order[:batch], order[batch:]
         crops = rng.integers(0, [33, 33, 2], (batch, 3))
         minibatch = functions.crop_images(images, labels, chosen, crops)
-        drops = sum(iteration >= drop for drop in driver.LEARNING_RATE_DROPS)
-        optimizer.learning_rate.assign(driver.LEARNING_RATE / 10**drops)
+        optimizer.learning_rate.assign(rule.rate(iteration))
         loss = step(functions.subtract_mean(minibatch, mean), minibatch.labels).numpy()
         rows.append((iteration * batch, "loss", loss))
         if (iteration + 1) % driver.VALIDATE_EVERY == 0 or iteration + 1 == args.images // batch:
@@ -219,7 +226,7 @@ def first_losses(args):
 
         def iteration(self, iteration, losses, *others):
             super().iteration(iteration, losses, *others)
-            what = driver.MINI_BATCH, WORKERS, driver.SEED, iteration
+            what = driver.MINI_BATCH, args.mini_batches, driver.SEED, iteration
             drawn = self.helpers.draw_minibatches(self.batches, *what)
             minibatches = ray.get([minibatch.ref() for minibatch in drawn])
             gradients, own_losses = [], []
@@ -292,11 +299,14 @@ def main():
     add("folder")
     add("--images", type=int, default=50_000, help="images of a run")
     add("--mini-batch", type=int, default=20, help="images of one worker's gradient")
+    add("--mini-batches", type=int, default=WORKERS, help="gradients of an iteration")
     add("--precision", default="float32", choices=["float32", "bfloat16"])
     add("--seed", type=int, default=0)
-    add("--learning-rate", type=float, help="instead of driver.py's")
+    add("--learning-rate", type=float, help="instead of driver.py's, as the next two")
+    add("--learning-rate-power", type=float, help="how the rate follows the images of an iteration")
+    add("--warm-up", type=int, help="images")
     add("--initial-weights", type=float, help="a standard deviation, as the write-up's 0.1")
-    add("--drops", type=int, nargs="*", help="images after which the rate is divided by 10")
+    add("--drops", type=int, nargs="*", default=[], help="images after which the rate is divided by 10")
     add("--validate-every", type=int, default=5000, help="images")
     add("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     add("--name", default="", help="added to the names of the files")

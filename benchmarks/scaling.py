@@ -1,14 +1,16 @@
 """What crosses between nodes in an iteration, and how long it takes where computing takes no time.
 
-    python benchmarks/scaling.py [--nodes 1 2 4 8] [--iterations 20]
+    python benchmarks/scaling.py [--nodes 1 2 4 8] [--workers 2] [--iterations 20]
+    python benchmarks/scaling.py --nodes 1 --workers 2 4 8 16 [--precision bfloat16]
 
-driver.py itself, on several Ray nodes of 2 workers each on this machine; its workers return arrays of
-the gradients' real size without computing them. Bytes are counted by Ray's object managers. After each
-iteration the driver stands still until their counters do. Weights and gradients are sets of 16 arrays
-of one size, so almost all bytes are whole sets; what is left over are mini-batches and small objects.
+driver.py itself, on several Ray nodes of some workers each on this machine; its workers return arrays
+of the gradients' real size without computing them. Bytes are counted by Ray's object managers. After
+each iteration the driver stands still until their counters do. Weights and gradients are sets of 16
+arrays of one size, so almost all bytes are whole sets; the rest is mini-batches and small objects.
 """
 
 import argparse
+import itertools
 import os
 import re
 import time
@@ -24,7 +26,7 @@ from tests.support import fill_bucket
 
 MINI_BATCH = 20
 WARM_UP = 3  # iterations
-STORE = 1500 * 2**20  # bytes of a node's object store: eight fit into 24 GiB
+SPARE = 4  # sets that fit into a node's object store beside those of its workers
 SETTLED = 1.5  # seconds without a change, after which counters are final
 CROPS = MINI_BATCH * 224 * 224 * 3  # bytes of a mini-batch
 
@@ -73,21 +75,21 @@ def settled_counters():
     return last
 
 
-def measure(nodes, iterations):
-    """Run driver.py on so many nodes of 2 workers; returns the number of the driver's node, and of each
-    iteration the seconds and the bytes: [iterations] and [iterations, nodes, 2]."""
+def measure(nodes, workers, precision, one_set, iterations):
+    """Run driver.py on so many nodes of so many workers; returns the number of the driver's node, and of
+    each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]."""
     import cluster
     import driver
 
-    driver.NUM_WORKERS, driver.MINI_BATCH, driver.ACCURACY_EVERY = WORKERS * nodes, MINI_BATCH, 10**9
-    driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = "float32", 0.0, 0.0
+    driver.NUM_WORKERS, driver.MINI_BATCH, driver.ACCURACY_EVERY = workers * nodes, MINI_BATCH, 10**9
+    driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = precision, 0.0, 0.0
     seconds, counts = [], []
 
     def stand_still(phases):
-        seconds.append(sum(phases.values()))
+        seconds.append(phases)
         counts.append(settled_counters())
 
-    size = {"num_cpus": WORKERS, "object_store_memory": STORE}
+    size = {"num_cpus": workers, "object_store_memory": int(1.2 * (workers + SPARE) * one_set)}
     with loopback() as s3:
         fill_bucket(s3, "scaling", images_per_class=60)
         quick = {"metrics_report_interval_ms": 500}
@@ -110,22 +112,29 @@ def main():
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description="Measure what crosses between nodes.")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--workers", type=int, nargs="+", default=[WORKERS], help="of a node")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--iterations", type=int, default=20)
     args = parser.parse_args()
     import alexnet
 
-    shapes = alexnet.weight_shapes(alexnet.LAYERS, NUM_CLASSES)
-    one_set = 4 * sum(int(np.prod(shape)) for shape in shapes)
+    shapes, size = alexnet.weight_shapes(alexnet.LAYERS, NUM_CLASSES), {"float32": 4, "bfloat16": 2}
+    one_set = size[args.precision] * sum(int(np.prod(shape)) for shape in shapes)
     print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB; a mini-batch: {CROPS / 1e6:.1f} MB")
-    print("Whole sets into and out of the driver's node, and of all nodes; MB of anything else")
-    print("nodes   into  out of    all  else, MB  seconds an iteration")
-    for nodes in args.nodes:
-        head, seconds, moved = run_apart(measure, nodes, args.iterations)
+    print(
+        "Whole sets into and out of the driver's node, and of all nodes; MB of anything else; seconds"
+    )
+    print("nodes workers   into  out of    all  else, MB            an iteration  of it, by phase")
+    for nodes, workers in itertools.product(args.nodes, args.workers):
+        what = nodes, workers, args.precision, one_set, args.iterations
+        head, seconds, moved = run_apart(measure, *what)
         into, out, everything = moved[:, head, 0], moved[:, head, 1], moved[:, :, 0].sum(axis=1)
         sets = [np.median(values // one_set) for values in (into, out, everything)]
-        rest = np.median(everything % one_set) / 1e6
-        taken = spread(seconds, ".2f")
-        print("{:5} {:6.0f} {:7.0f} {:6.0f} {:9.1f}  {}".format(nodes, *sets, rest, taken), flush=True)
+        rest, taken = np.median(everything % one_set) / 1e6, [sum(p.values()) for p in seconds]
+        phases = {phase: np.median([p[phase] for p in seconds]) for phase in seconds[0]}
+        row = "{:5} {:7} {:6.0f} {:7.0f} {:6.0f} {:9.1f}".format(nodes, workers, *sets, rest)
+        by_phase = ", ".join(f"{phase} {value:.3f}" for phase, value in phases.items())
+        print(f"{row} {spread(taken, '.2f'):>23}  {by_phase}", flush=True)
 
 
 if __name__ == "__main__":

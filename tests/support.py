@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import os
 import re
 import socket
@@ -275,6 +276,13 @@ def noting_worker(folder):
 def notes(folder):
     """The calls of a run's noting workers, in their order: a list of Note."""
     return [Note(*line.split()) for line in (folder / "notes").read_text().splitlines()]
+
+
+def save_start(folder, network, mini_batches, precision="float32"):
+    """Save a checkpoint of iteration 0, from which a run has so many mini-batches an iteration."""
+    facts = {"iteration": 0, "mini_batches": mini_batches, "precision": precision, "run": {}}
+    network.snapshot()
+    network.save(f"{folder}/ckpt-0", json.dumps(facts))
 
 
 def checksums(folder):

@@ -1,6 +1,5 @@
 """Misfortunes of all kinds in one run, on nodes of two workers and a head without CPUs."""
 
-import json
 import re
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from tests.support import (
     checksums,
     contents,
     fingerprints,
+    save_start,
     thin_driver,
     titled,
     train_elsewhere,
@@ -48,11 +48,9 @@ def six_undisturbed(thin, one_ray, photos, tmp_path, monkeypatch):
     """
     network = alexnet.AlexNet(WIDE, num_classes=10, rule=thin.update_rule(6 * thin.MINI_BATCH))
     network.restore(network.initial_state("he", functions.generator(0, "initial weights")))
-    network.snapshot()
-    facts = {"iteration": 0, "mini_batches": 6, "precision": "float32", "run": {}}
     folder = tmp_path / "undisturbed"
     folder.mkdir()
-    network.save(str(folder / "ckpt-0"), json.dumps(facts))
+    save_start(folder, network, mini_batches=6)
     monkeypatch.setattr(thin, "LAYERS", WIDE)
     assert train_here(photos, folder, ITERATIONS) == 0
     return checksums(folder)
