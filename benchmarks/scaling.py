@@ -76,8 +76,8 @@ def settled_counters():
 
 
 def measure(nodes, workers, precision, one_set, iterations):
-    """Run driver.py on so many nodes of so many workers; returns the number of the driver's node, and of
-    each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]."""
+    """Run driver.py on so many nodes of so many workers; returns the number of the driver's node, and
+    of each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]."""
     import cluster
     import driver
 
