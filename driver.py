@@ -47,7 +47,8 @@ VALIDATE_EVERY = 1000  # iterations between two validations; the last iteration 
 CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
 LEARNING_RATE = 0.005  # step size for LEARNING_RATE_IMAGES; the paper's 0.01 is for 128
 LEARNING_RATE_IMAGES = 40  # images of an iteration that it is for
-LEARNING_RATE_POWER = 0.5  # how it follows them: 1 in proportion (Goyal et al. 2017), 0.5 as the root
+LEARNING_RATE_POWER = 0  # how it follows them: 0 not at all, 0.5 as their root (Krizhevsky 2014), 1 in
+# proportion (Goyal et al. 2017). Which is best has not been measured yet.
 WARM_UP = 5000  # images over which a higher rate is reached (Goyal et al. 2017, section 2.2)
 LEARNING_RATE_DROPS = ()  # images from which on it is a tenth of what it was (paper, section 5)
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)
