@@ -344,9 +344,10 @@ class Run:
         assert came(), f"{text!r} did not come:\n{self.output()}"
 
     @contextlib.contextmanager
-    def paused(self, iteration, phase):
-        """What is done while thin_driver.py stands still, as its PAUSES say."""
-        self.wait_for(f"Paused after {phase} of iteration {iteration}\n")
+    def paused(self, *moment):
+        """What is done while thin_driver.py stands still: at an iteration and a phase, or at a line."""
+        place = "{1} of iteration {0}" if len(moment) > 1 else "{0}"
+        self.wait_for(f"Paused after {place.format(*moment)}\n")
         yield
         with contextlib.suppress(BrokenPipeError):  # it may have ended meanwhile
             self.process.stdin.write("\n")

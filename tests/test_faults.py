@@ -45,15 +45,16 @@ def test_a_node_dies_again_and_again_and_storage_stands_still_meanwhile(
     nodes, photos, undisturbed, tmp_path
 ):
     """No worker is lost that only waits, though that takes longer here than computing may."""
-    settings = ["WORKER_TIMEOUT=6", "PAUSES=[(3, 'apply')]"]
+    early = "Loading: 3 of 10", "Shuffle round 2"
+    settings = ["WORKER_TIMEOUT=6", f"PAUSES={[*early, (3, 'apply')]}"]
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, contextlib.ExitStack() as for_a_while:
         environment = {"AWS_ENDPOINT_URL": proxy.url}
         training = train_elsewhere(photos, tmp_path, nodes.address, *settings, environment=environment)
         with training as run:
-            for moment in ("Loading: 3 of 10", "Shuffle round 2"):
-                run.wait_for(moment)
-                nodes.add()  # before the other is gone, so that it takes part: some images lie on it
-                nodes.kill()
+            for moment in early:
+                with run.paused(moment):
+                    nodes.add()  # in time to take part, so that some images lie on it
+                    nodes.kill()
             with run.paused(3, "apply"):
                 held = for_a_while.enter_context(proxy.held("GET"))
                 nodes.kill()

@@ -1,7 +1,7 @@
 """driver.py with the thin network as a program: NAME=VALUE sets a constant, then come the flags.
 
-PAUSES=[(iteration, phase), ...] sets no constant: there the run stands still, after the phase, until a
-line comes on standard input. So a test decides what happens at which moment.
+PAUSES=[(iteration, phase), line, ...] sets no constant: the run stands still after the phase, or after
+a line that starts so, until a line comes on standard input. So a test decides what happens when.
 """
 
 import ast
@@ -28,20 +28,30 @@ identify = ray.remote(num_cpus=0.1, max_retries=-1)(support.identify)
 PATIENT_FROM = 15  # the iteration from which on a lost worker is waited for
 
 
+def stand_still(moment):
+    """Say where the run is, and wait for a line."""
+    print(f"Paused after {moment}", flush=True)
+    sys.stdin.readline()
+
+
 class Report(results.Report):
     """Says what the object store holds every 20 iterations; goes slowly while a worker is missing."""
 
     def __init__(self, pauses):
-        """Nothing is missing yet; `pauses` are pairs of an iteration and a phase."""
+        """Nothing is missing yet; `pauses` are (iteration, phase), or starts of lines."""
         super().__init__()
         self.batches, self.missing, self.pauses, self.now = [], 0, pauses, None
 
     def say(self, line):
-        """Print a line, and count the workers that are missing."""
+        """Print a line, and count the workers that are missing; stand still if a pause is due."""
         super().say(line)
         of_a_node = re.match(r"node \w+ is lost with (\d+) workers", line)
         self.missing += int(of_a_node[1]) if of_a_node else " is lost (" in line
         self.missing -= " is back: " in line
+        for start in [
+            pause for pause in self.pauses if isinstance(pause, str) and line.startswith(pause)
+        ]:
+            stand_still(start)
 
     def start(self, iteration, batches, mean):
         """Keep the batches."""
@@ -52,8 +62,7 @@ class Report(results.Report):
         """Stand still if a pause is due."""
         super().lap(phase)
         if (self.now, phase) in self.pauses:
-            print(f"Paused after {phase} of iteration {self.now}", flush=True)
-            sys.stdin.readline()
+            stand_still(f"{phase} of iteration {self.now}")
 
     def iteration(self, iteration, *numbers):
         """Print a fingerprint of all images every 20 iterations; give a new worker time to come."""
