@@ -48,10 +48,9 @@ class Report(results.Report):
         of_a_node = re.match(r"node \w+ is lost with (\d+) workers", line)
         self.missing += int(of_a_node[1]) if of_a_node else " is lost (" in line
         self.missing -= " is back: " in line
-        for start in [
-            pause for pause in self.pauses if isinstance(pause, str) and line.startswith(pause)
-        ]:
-            stand_still(start)
+        for pause in self.pauses:
+            if isinstance(pause, str) and line.startswith(pause):
+                stand_still(pause)
 
     def start(self, iteration, batches, mean):
         """Keep the batches."""
