@@ -102,7 +102,7 @@ def mean_of(tree, sets, count, weights, decays, means):
         block = slice(start, start + BLOCK)
         mean = means[variable].reshape(-1)[block]
         total = _add_up(tree, {i: arrays[variable][block] for i, arrays in flat.items()}, mean)
-        total, mean = total.reshape(1, -1), mean.reshape(1, -1)  # OpenCV takes an array [4] for a colour
+        total, mean = total.reshape(1, -1), mean.reshape(1, -1)  # OpenCV takes a [4] for a colour
         weight = as_float32(rows[variable][block]).reshape(1, -1)
         cv2.addWeighted(total, 1 / count, weight, decays[variable], 0, dst=mean)
         return cv2.norm(mean, cv2.NORM_L2SQR)
