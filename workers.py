@@ -303,8 +303,8 @@ class Workers:
             if not running and now - moved > self._timeout:
                 self._helpers.restart_hung()
                 moved = now
-            self._wait_longer(running, ended)
-            for ref in [ref for ref, run in running.items() if ref in ended or self._is_over(run)]:
+            over = self._over(running, ended)
+            for ref in [ref for ref in running if ref in ended or ref in over]:
                 run = running.pop(ref)
                 result = self._collect(run, ref in ended, requests[run.request], crashes, patience)
                 results[run.request] = result
@@ -341,19 +341,21 @@ class Workers:
         deadline = time.monotonic() + self._timeout
         return Running(number, member, deadline, refs if request.returns > 1 else [refs])
 
-    def _is_over(self, run):
-        """Whether a request need not be waited for: its worker is lost, or takes too long for it."""
-        lost = self._up.get(run.member.number) is not run.member
-        return lost or run.deadline < time.monotonic()
+    def _over(self, running, ended):
+        """References of requests whose worker is lost or takes too long: nobody waits for them longer.
 
-    def _wait_longer(self, running, ended):
-        """Give late requests more time if their workers still wait for weights or images."""
+        A late worker that still waits for weights or images gets more time.
+        """
+        over = {ref for ref, run in running.items() if self._up.get(run.member.number) != run.member}
         for ref, run in running.items():
-            late = ref not in ended and run.deadline < time.monotonic()
-            if late and ask(run.member.node, waits, run.member.place.pid):
-                self._report.say(f"worker {run.member.number} waits for weights or images")
-                self._helpers.restart_hung()
-                running[ref] = run._replace(deadline=time.monotonic() + self._timeout)
+            if ref not in over and ref not in ended and run.deadline < time.monotonic():
+                if ask(run.member.node, waits, run.member.place.pid):
+                    self._report.say(f"worker {run.member.number} waits for weights or images")
+                    self._helpers.restart_hung()
+                    running[ref] = run._replace(deadline=time.monotonic() + self._timeout)
+                else:
+                    over.add(ref)
+        return over
 
     def _collect(self, run, ended, request, crashes, patience):
         """The Result of a request that has ended or is over; None if it must be computed again.

@@ -26,9 +26,8 @@ def s3():
 def one_ray(s3):
     """The address of a Ray of 2 CPUs and 2 GPUs that are none, which knows the S3 server."""
     os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
-    # Ray ends processes that are idle for a second; here they stay for the next test.
-    warm = {"idle_worker_killing_time_threshold_ms": 600_000}
-    cluster.connect(num_cpus=2, num_gpus=2, object_store_memory=500 * 2**20, _system_config=warm)
+    settings = {"object_store_memory": 500 * 2**20, "_system_config": support.WARM}
+    cluster.connect(num_cpus=2, num_gpus=2, **settings)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
-from tests.support import Run, titled, wait_until
+from tests.support import WARM, Run, titled, wait_until
 
 NO_DASHBOARD = {"include_dashboard": False}  # no test here looks at it
 STORE = {"object_store_memory": 80 * 2**20}
@@ -28,6 +28,7 @@ class Nodes:
         """Start a head of so many CPUs, and so many others of `cpus` each; `options` are the head's."""
         # Ray looks often whether a node answers, and so misses a dead one in seconds.
         look = {"health_check_period_ms": 500, "health_check_initial_delay_ms": 500}
+        look |= WARM
         head = {"num_cpus": head_cpus, "_system_config": look} | STORE | NO_DASHBOARD | options
         self.cluster, self.cpus = Cluster(initialize_head=True, head_node_args=head), cpus
         self.address, self.others = self.cluster.address, []

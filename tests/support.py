@@ -155,6 +155,9 @@ def fill_bucket(s3, bucket, images_per_class, num_classes=10):
 
 # ---- runs
 
+# Ray ends processes that are idle for a second; in tests they stay for the next task.
+WARM = {"idle_worker_killing_time_threshold_ms": 600_000}
+
 
 def thin_constants(patch):
     """Give driver.py the thin network by pytest's monkeypatch: its constants are there to be set."""

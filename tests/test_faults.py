@@ -21,6 +21,7 @@ from tests.support import (
     contents,
     fingerprints,
     make_tar,
+    noting_worker,
     photo,
     titled,
     train,
@@ -123,7 +124,7 @@ def test_tar_that_changes_after_it_was_listed_is_noticed(
     s3.copy({"Bucket": photos, "Key": "train.txt"}, bucket, "train.txt")
     for tar in imagenet.list_tars(photos, "")[0][:2]:
         s3.copy({"Bucket": photos, "Key": tar.key}, bucket, tar.key)
-    assert train_here(bucket, tmp_path, 1) == 0
+    assert train_here(bucket, tmp_path, 1, actor=noting_worker(tmp_path)) == 0
     s3.put_object(Bucket=bucket, Key=tar.key, Body=make_tar({"n1500000_0.JPEG": b"changed"}))
     assert train_here(bucket, tmp_path, 2) == 2  # a resume would read other images
     assert re.search(r"^error: .*different are tars", capsys.readouterr().err, re.M)
