@@ -52,6 +52,12 @@ def weight_shapes(layers, num_classes):
     return shapes + [(channels, num_classes), (num_classes,)]
 
 
+def set_bytes(layers, num_classes, precision):
+    """Bytes of all weights, or of all their gradients, in a precision."""
+    count = sum(int(np.prod(shape)) for shape in weight_shapes(layers, num_classes))
+    return count * tf.as_dtype(precision).size
+
+
 def initial_weights(layers, num_classes, std, rng):
     """One initial matrix for each parameter: float32, in the order of `weight_shapes`.
 

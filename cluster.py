@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import watching
 from adding import leaves, share_out
 from functions import CPU_SLICE, Helper, multiplies_bfloat16, random_batch
-from imagenet import IMAGE_SIZE, PATIENCE
+from imagenet import PATIENCE
 
 # What runs on other nodes, too.
 CARRIED_MODULES = ("adding", "alexnet", "decoding", "functions", "imagenet", "watching")
@@ -138,14 +138,15 @@ def fastest_precision(cpus, gpus):
     return "bfloat16" if any(can) and False not in can else "float32"  # None: the node is gone
 
 
-def memory_needed(images):
-    """A line that says what decoded images take of memory, and of disk if the stores are too small."""
-    store = ray.cluster_resources().get("object_store_memory", 0)
-    pixels = images * IMAGE_SIZE * IMAGE_SIZE * 3
-    held = f"{pixels / 1e9:.1f} GB decoded, the object stores hold {store / 1e9:.1f} GB"
-    if pixels > store:
-        held += f": {(pixels - store) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
-    return f"About {images} images: {held}"
+def room_for_images(mini_batches, one_set, batch):
+    """Bytes that the object stores have for images before Ray spills them, beside all else.
+
+    That is gradients, a node's sum and weights of two iterations, sets of so many bytes each, and what
+    data tasks make: two tasks a CPU, two batches of so many bytes each.
+    """
+    cpus, store = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "object_store_memory"))
+    sets = mini_batches + 3 * len(nodes_alive())
+    return int(0.8 * store - sets * one_set - 4 * cpus * batch)  # Ray spills a store that is fuller
 
 
 def ask(node, function, *arguments, closed=None):

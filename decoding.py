@@ -1,4 +1,4 @@
-"""The bytes of tars and of images, as pixels. Nothing here knows of S3 or of Ray."""
+"""The bytes of tars and of images, as pixels or as small JPEGs. Nothing here knows of S3 or of Ray."""
 
 import io
 import posixpath
@@ -18,6 +18,8 @@ MAX_SCANS = 100  # of a progressive JPEG, which has some 10; with more, 1 MB can
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be, whatever its name
 
+QUALITY = 90  # of images that are stored as JPEGs
+
 
 class ImageError(Exception):
     """Bytes that are no usable image; the message says why."""
@@ -28,24 +30,68 @@ def one_line(text):
     return re.sub("[^ -~]", lambda char: ascii(char[0])[1:-1], " ".join(str(text).split()))
 
 
-def decode_tar(tar, size):
-    """Decode every image of a tar (a file object): the array is allocated once, for all members.
+class Jpegs:
+    """n images uint8 [height, width, 3] RGB as JPEGs: an eighth of the memory of their pixels.
 
-    Returns images uint8 [n, height, width, 3], their n base names, and (name, reason) of what was
-    left out: members that are no regular file or no readable image, and damage to the tar itself.
+    They read like the array of their pixels: `shape`, `len`, and an image by its number.
+    """
+
+    def __init__(self, jpegs, size):
+        """Take a list of JPEGs (bytes or uint8 arrays) of images of a size [height, width]."""
+        self._data = np.concatenate([np.frombuffer(jpeg, np.uint8) for jpeg in [b"", *jpegs]])
+        self._ends = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=int)
+        self._size = tuple(size)
+
+    @property
+    def shape(self):
+        """(n, height, width, 3)."""
+        return (len(self), *self._size, 3)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, number):
+        return simplejpeg.decode_jpeg(self.jpeg(number), "RGB")
+
+    def jpeg(self, number):
+        """An image as it is stored: a view, uint8 [bytes]."""
+        return self._data[self._ends[number - 1] if number else 0 : self._ends[number]]
+
+
+def gathered(sources, chosen):
+    """Images of one batch or more, in the form that they have there: an array of pixels, or Jpegs.
+
+    `chosen` are their numbers, which count on from one batch to the next.
+    """
+    first, as_jpegs = sources[0], isinstance(sources[0], Jpegs)
+    stored = [each.jpeg(i) if as_jpegs else each[i] for each in sources for i in range(len(each))]
+    some = [stored[number] for number in chosen]
+    return Jpegs(some, first.shape[1:3]) if as_jpegs else np.stack(some)
+
+
+def decode_tar(tar, size, stored="pixels"):
+    """Decode every image of a tar (a file object), and store it in a form, "pixels" or "jpeg".
+
+    Returns images uint8 [n, height, width, 3] or Jpegs, their n base names, and (name, reason) of what
+    was left out: members that are no regular file or no readable image, and damage to the tar itself.
     """
     members, left_out = tar_members(tar)
-    images = np.empty((len(members), *size, 3), np.uint8)
+    as_jpegs = stored == "jpeg"
+    images = [] if as_jpegs else np.empty((len(members), *size, 3), np.uint8)  # once, for all members
     names = []
     for member in members:
         try:
             tar.seek(member.offset_data)
-            images[len(names)] = decode_image(tar.read(member.size), size)
+            data = tar.read(member.size)
+            if as_jpegs:
+                images.append(small_jpeg(data, size))
+            else:
+                images[len(names)] = decode_image(data, size)
         except ImageError as error:
             left_out.append((member.name, str(error)))
         else:
             names.append(posixpath.basename(member.name))
-    return images[: len(names)], names, left_out
+    return Jpegs(images, size) if as_jpegs else images[: len(names)], names, left_out
 
 
 def tar_members(tar):
@@ -154,6 +200,21 @@ def decode_image(data, size):
     Colour JPEGs, nearly all of ImageNet, take libjpeg-turbo and OpenCV; Pillow decides on the rest.
     Raises ImageError.
     """
+    pixels, _ = _decode(data, size)
+    return pixels
+
+
+def small_jpeg(data, size):
+    """One encoded image as the bytes of a JPEG of this size: as they are, if they are one already.
+
+    Raises ImageError.
+    """
+    pixels, as_they_are = _decode(data, size)
+    return data if as_they_are else simplejpeg.encode_jpeg(pixels, QUALITY, "RGB", "420")
+
+
+def _decode(data, size):
+    """`decode_image`, and whether the bytes are a JPEG of just these pixels."""
     height, width = size
     if data.startswith(b"\xff\xd8") and _count_scans(data) > MAX_SCANS:
         raise ImageError("too many scans for a JPEG")
@@ -163,13 +224,15 @@ def decode_image(data, size):
             # min_factor=2: only halving while decoding is fast (and never below the size wanted).
             least = {"min_height": height, "min_width": width}
             pixels = simplejpeg.decode_jpeg(data, "RGB", min_factor=2, **least)
+            if (h, w) == (height, width):
+                return pixels, True
             if h >= height and w >= width:
-                return _shrink(pixels, size)
-            return _resize(Image.fromarray(pixels), size)
+                return _shrink(pixels, size), False
+            return _resize(Image.fromarray(pixels), size), False
     except ValueError as error:
         if "premature end" in str(error).lower():  # Pillow would fill the rest of some with grey
             raise ImageError("cut or corrupt JPEG") from error
-    return _decode_with_pillow(data, size)
+    return _decode_with_pillow(data, size), False
 
 
 def _count_scans(data):

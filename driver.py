@@ -40,6 +40,7 @@ WORKER_WAIT = 300  # seconds that a worker has to start, and to wait for room wh
 WORKER_TIMEOUT = 300  # seconds of computing after which a worker that does not answer is replaced
 TASK_TIMEOUT = 1800  # seconds after which a task on data that does not end, such as a tar, is run again
 MINI_BATCH = 20  # images a worker computes one gradient on
+STORED = None  # form of images in memory: "pixels", "jpeg" (an eighth), or None: pixels if they fit
 SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two: r rounds mix 2^r tars
 ACCURACY_EVERY = 10  # iterations between two accuracies
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
@@ -67,27 +68,31 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     say, bucket = report.say, args.s3_bucket
 
     # ---- Where to begin: at a checkpoint of the same network and seed, or at iteration 0
-    constants = {name: repr(value) for name, value in globals().items() if name.isupper()}
     start = outcome.checkpoints.newest()
-    start.must_match(constants, ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "SHUFFLE_ROUNDS"], say)
+    constants = {name: repr(value) for name, value in globals().items() if name.isupper()}
+    constants["STORED"] = repr(STORED or start.stored)
+    fixed = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "STORED", "SHUFFLE_ROUNDS"]
+    start.must_match(constants, fixed, say)
 
-    # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
-    training = load(bucket, args.key_prefix, args.label_file, say, tasks)
-    start.must_match(source := training.source, ["tars", "labels"], say)
-    held_out = load(bucket, args.val_prefix, args.val_label_file, say, tasks)
-
-    # ---- AlexNet: one network in each worker, and the local one, which is trained
+    # ---- What an iteration is: the first start decides
     resources = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
     num_workers = NUM_WORKERS or max(1, sum(cluster.room_for_workers(**resources).values()))
     mini_batches = start.mini_batches or num_workers
-    count = min(num_workers, mini_batches)
     precision = PRECISION or start.precision or cluster.fastest_precision(**resources)
+
+    # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
+    tars, held_out_tars = (find(bucket, prefix, say) for prefix in (args.key_prefix, args.val_prefix))
+    one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
+    stored = form_of_images(bucket, tars + held_out_tars, start.stored, mini_batches, one_set, say)
+    training = load(bucket, args.key_prefix, tars, args.label_file, stored, tasks)
+    start.must_match(source := training.source, ["tars", "labels"], say)
+    held_out = load(bucket, args.val_prefix, held_out_tars, args.val_label_file, stored, tasks)
+
+    # ---- AlexNet: one network in each worker, and the local one, which is trained
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
     helpers = cluster.Helpers()
-    timeouts = WORKER_TIMEOUT, WORKER_WAIT
-    pool = workers.Workers(
-        count, resources, network, precision, helpers, timeouts, report, can_grow, actor
-    )
+    what = min(num_workers, mini_batches), resources, network, precision, helpers
+    pool = workers.Workers(*what, (WORKER_TIMEOUT, WORKER_WAIT), report, can_grow, actor)
     rule = update_rule(mini_batches * MINI_BATCH)
     local = alexnet.AlexNet(**network, rule=rule)
     rng = functions.generator(SEED, "initial weights")
@@ -98,8 +103,8 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     batches = functions.match(training, say, tasks)
     held_out = functions.match(held_out, say, tasks) if held_out else []
     del training  # or its references would keep every batch twice
-    mean_image = functions.mean_image(batches, say, tasks)
-    batches, mean = functions.shuffle(batches, SHUFFLE_ROUNDS, SEED, say, tasks), ray.put(mean_image)
+    mean = ray.put(mean_image := functions.mean_image(batches, say, tasks))
+    functions.shuffle(batches, SHUFFLE_ROUNDS, SEED, say, tasks)
 
     # ---- Training: iteration i is about the weights that i steps have made
     pool.wait()
@@ -111,8 +116,8 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     elif can_grow and not NUM_WORKERS:
         say("That stays so, however the cluster grows: NUM_WORKERS in driver.py waits for more workers")
     start.must_match(machine := pool.machine(), [], say)
-    run = constants | source | machine
-    facts = {"mini_batches": mini_batches, "precision": precision, "run": run}
+    run = constants | {"STORED": repr(stored)} | source | machine
+    facts = {"mini_batches": mini_batches, "precision": precision, "stored": stored, "run": run}
     outcome.begin(local, facts, mean_image)
     draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
     minibatches = draw(start.iteration)
@@ -156,21 +161,40 @@ def update_rule(images):
     return alexnet.Momentum(alexnet.Schedule(*rates, images), MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
 
 
-def load(bucket, prefix, label_file, say, tasks):
-    """Start to load a data set's tars and labels: a functions.DataSet, which `match` waits for.
-
-    None if there is no prefix. `tasks` are the cluster's DataTasks.
-    """
+def find(bucket, prefix, say):
+    """The tars of a data set; none if there is no prefix."""
     if prefix is None:
-        return None
+        return []
     tars, others = imagenet.list_tars(bucket, prefix)
     say(f"s3://{bucket}/{prefix}*: {len(tars)} tars, {others} other keys left out")
-    say(cluster.memory_needed(imagenet.estimate_images(bucket, tars)))
+    return tars
+
+
+def form_of_images(bucket, tars, before, mini_batches, one_set, say):
+    """The form in which all images are stored: STORED, or the form of `before`, or what fits.
+
+    `one_set` is the bytes of a set of weights or of a mini-batch's gradients.
+    """
+    images = imagenet.estimate_images(bucket, tars)
+    batch = imagenet.STORED_BYTES["pixels"] * images / len(tars)
+    room = cluster.room_for_images(mini_batches, one_set, batch)
+    stored = STORED or before or imagenet.form_that_fits(images, room)
+    say(imagenet.memory_needed(images, stored, room))
+    return stored
+
+
+def load(bucket, prefix, tars, label_file, stored, tasks):
+    """Start to load a data set's tars and labels: a functions.DataSet, which `match` waits for.
+
+    None if there are no tars. `stored` is the form of the images, `tasks` are the cluster's DataTasks.
+    """
+    if not tars:
+        return None
     # One remote task a tar downloads and decodes it into the object store.
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [imagenet.IMAGE_SIZE] * 2, tasks)
-    # The dictionary of the label file goes into the object store once, for every `convert`.
+    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [imagenet.IMAGE_SIZE] * 2, tasks, stored)
+    # The label file's table goes into the object store once, for every `convert`.
     labels = imagenet.read_labels(bucket, label_file, NUM_CLASSES)
-    imagepairs = ray.put(labels)
+    imagepairs = ray.put(functions.LabelTable(labels))
     converted = [
         functions.Converted(*tasks.start(functions.convert, tar.filenames, imagepairs, num_returns=2))
         for tar in loaded

@@ -4,6 +4,7 @@ Everything random is drawn from a seed that is an argument: a task that runs aga
 object, makes the same object.
 """
 
+import hashlib
 import math
 import os
 import platform
@@ -17,7 +18,7 @@ import numpy as np
 import ray
 
 from adding import sum_of_sets
-from decoding import one_line
+from decoding import gathered, one_line
 from imagenet import CROP_SIZE, PATIENCE, InputError, report_loading
 
 # An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
@@ -29,7 +30,8 @@ VALIDATION_STEP = 50  # images of a validation request that go through the netwo
 NO_LABEL = -1
 
 
-# References to `count` images uint8 [n, 256, 256, 3] and to their labels int32 [n].
+# References to `count` images, uint8 [n, 256, 256, 3] or decoding.Jpegs of them, and to their labels
+# int32 [n].
 Batch = namedtuple("Batch", "images labels count")
 
 # References to the two values of `convert`.
@@ -88,8 +90,33 @@ def place():
 # ---- labels
 
 
+class LabelTable:
+    """A dict of name -> label as two sorted arrays, which tasks read in the object store, uncopied.
+
+    A name is there as 96 bits of its hash. Two of ImageNet's 1.28 million names have the same ones with
+    a probability of 1e-17.
+    """
+
+    def __init__(self, labels):
+        """Take the dict of an imagenet.read_labels."""
+        hashes, values = np.array([_hashed(name) for name in labels]), np.array([*labels.values()])
+        order = np.argsort(hashes)
+        self._hashes, self._labels = hashes[order], values[order]
+
+    def get(self, name, default):
+        """The label of a name, or a default where the table has none."""
+        wanted = _hashed(name)
+        place = np.searchsorted(self._hashes, wanted)
+        found = place < len(self._hashes) and self._hashes[place] == wanted
+        return self._labels[place] if found else default
+
+
+def _hashed(name):
+    return hashlib.blake2b(name.encode(), digest_size=12).hexdigest().encode()
+
+
 def convert(filenames, imagepairs):
-    """Labels int32 [n] of n file names, NO_LABEL where the dict has none, and a small report.
+    """Labels int32 [n] of n file names, NO_LABEL where a LabelTable has none, and a small report.
 
     The report has `images` (labelled), `unlabelled` and `named` (the first few of those).
     """
@@ -131,8 +158,8 @@ def match(data, say, tasks):
 
 def drop_unlabelled(images, labels):
     """The images and labels of a batch without the images that have no label."""
-    labelled = labels != NO_LABEL
-    return images[labelled], labels[labelled]
+    labelled = np.flatnonzero(labels != NO_LABEL)
+    return gathered([images], labelled), labels[labelled]
 
 
 def one_hot(labels, num_classes):
@@ -146,12 +173,18 @@ def one_hot(labels, num_classes):
 
 
 def shuffle(batches, rounds, seed, say, tasks):
-    """Mix the batches in so many rounds, waiting for each: a list as long as before."""
+    """Mix a list of batches in so many rounds, waiting for each.
+
+    This replaces what the list holds: another reference to the batches would keep each of them twice.
+    """
+    if 2**rounds < len(batches):
+        enough = math.ceil(math.log2(len(batches)))
+        hint = f"SHUFFLE_ROUNDS = {enough} would mix all {len(batches)}"
+        say(f"{rounds} shuffle rounds mix the images of {2**rounds} tars: {hint}")
     for number in range(rounds):
-        batches = shuffle_round(batches, seed, number, tasks)
+        batches[:] = shuffle_round(batches, seed, number, tasks)
         wait_for([batch.labels for batch in batches], say, f"Shuffle round {number + 1}")
         say(f"Shuffle round {number + 1} of {rounds} done")
-    return batches
 
 
 def shuffle_round(batches, seed, number, tasks):
@@ -180,12 +213,8 @@ def shuffle_pair(images_a, labels_a, images_b, labels_b, key):
     """Two batches, mixed: every image is in exactly one of them; their sizes stay."""
     n = len(labels_a)
     order = generator(*key).permutation(n + len(labels_b))
-    labels = np.concatenate([labels_a, labels_b])[order]
-    mixed = [np.empty_like(images_a), np.empty_like(images_b)]
-    for place, source in enumerate(order):
-        image = images_a[source] if source < n else images_b[source - n]
-        mixed[place >= n][place - n if place >= n else place] = image
-    return mixed[0], labels[:n], mixed[1], labels[n:]
+    labels, images = np.concatenate([labels_a, labels_b])[order], [images_a, images_b]
+    return gathered(images, order[:n]), labels[:n], gathered(images, order[n:]), labels[n:]
 
 
 def mean_image(batches, say, tasks):
@@ -200,7 +229,10 @@ def mean_image(batches, say, tasks):
 
 def sum_images(images):
     """The sum over a batch's images: int64 [256, 256, 3]."""
-    return images.sum(axis=0, dtype=np.int64)
+    total = np.zeros(images.shape[1:], np.int64)
+    for image in images:
+        total += image
+    return total
 
 
 def add(a, b):

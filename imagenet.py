@@ -25,6 +25,10 @@ from tqdm import tqdm
 from decoding import decode_tar, one_line, tar_members
 
 IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
+
+# Bytes of an image in each form that it can be stored in; as a JPEG, on an average of ILSVRC-2012.
+STORED_BYTES = {"pixels": IMAGE_SIZE * IMAGE_SIZE * 3, "jpeg": 24_000}
+
 CROP_SIZE = 224  # side of the square crop of it that the network sees, pixels (paper, section 4.1)
 
 STORM = 30  # seconds for which a tar is asked for anew if every attempt to read it breaks off
@@ -173,8 +177,8 @@ def s3_errors(bucket, key=""):
 # A tar as it is listed; `size` is in bytes.
 Tar = namedtuple("Tar", "key etag size")
 
-# References to what a load task makes of one tar: images uint8 [n, height, width, 3] RGB; a list of n
-# base names; a dict of `key`, `images` (n), `left_out` (a count) and `named` (the first few of those).
+# References to what a load task makes of one tar: n images uint8 [n, height, width, 3] RGB, or Jpegs;
+# n base names; a dict of `key`, `images` (n), `left_out` (a count), `named` (the first few of those).
 Loaded = namedtuple("Loaded", "images filenames report")
 
 
@@ -215,17 +219,33 @@ def estimate_images(bucket, tars):
     return round(total * len(members) / (members[-1].offset_data + members[-1].size))
 
 
-def load_tarfiles_from_s3(bucket, tars, size, tasks):
+def form_that_fits(images, room):
+    """The form to store so many images in, if there is room for so many bytes: pixels if they fit."""
+    return "pixels" if images * STORED_BYTES["pixels"] <= room else "jpeg"
+
+
+def memory_needed(images, stored, room):
+    """A line that says what images take of memory, and of disk if there is room for fewer bytes."""
+    size, form = images * STORED_BYTES[stored], {"pixels": "decoded", "jpeg": "as JPEGs"}[stored]
+    held = f"{size / 1e9:.1f} GB {form}, the object stores have room for {max(0, room) / 1e9:.1f} GB"
+    if size > room:
+        held += f": {(size - room) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
+    return f"About {images} images: {held}"
+
+
+def load_tarfiles_from_s3(bucket, tars, size, tasks, stored="pixels"):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
-    `size` is [height, width] of the images, `tasks` are the cluster's DataTasks.
+    `size` is [height, width] of the images, `tasks` are the cluster's DataTasks, `stored` is the form
+    of the images, "pixels" or "jpeg".
     """
     with s3_errors(bucket):
         where = s3_location()
     options = {"num_returns": 3, "scheduling_strategy": "SPREAD"}
     names = [f"s3://{bucket}/{one_line(tar.key)}" for tar in tars]
+    what = tuple(size), stored, where
     return [
-        Loaded(*tasks.start(load_tarfile, bucket, tar, tuple(size), where, name=name, **options))
+        Loaded(*tasks.start(load_tarfile, bucket, tar, *what, name=name, **options))
         for tar, name in zip(tars, names, strict=True)
     ]
 
@@ -264,10 +284,10 @@ def report_loading(bucket, report_refs, say):
         say(f"{rest} left out of {len(spoilt) - MAX_NAMED} more tars")
 
 
-def load_tarfile(bucket, tar, size, where):
+def load_tarfile(bucket, tar, size, stored, where):
     """What a load task does: one Tar as images, their names and a report, the values of a Loaded."""
     cv2.setNumThreads(1)  # tasks run side by side
-    images, names, left_out = decode_tar(download_patiently(bucket, tar, where), size)
+    images, names, left_out = decode_tar(download_patiently(bucket, tar, where), size, stored)
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
     report = {"key": tar.key, "images": len(names), "left_out": len(left_out), "named": named}
     return images, names, report

@@ -119,8 +119,9 @@ class Report:
 class Start(NamedTuple):
     """Where a run begins: at a checkpoint, or at iteration 0, where nothing more is known yet.
 
-    `state` is the network's; `mini_batches` and `precision` are those of every iteration; `run` is a
-    dict of texts: the constants of driver.py, and fingerprints of the data.
+    `state` is the network's; `mini_batches` and `precision` are those of every iteration; `stored` is
+    the form of the images in memory; `run` is a dict of texts: the constants of driver.py, and
+    fingerprints of the data.
     """
 
     place: str | None
@@ -128,6 +129,7 @@ class Start(NamedTuple):
     iteration: int = 0
     mini_batches: int | None = None
     precision: str | None = None
+    stored: str | None = None
     run: dict | None = None
 
     def must_match(self, run, fixed, say):
@@ -224,7 +226,7 @@ class Checkpoints:
                 state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
                 facts = json.loads(state.pop("facts"))
                 self.saved = self._newest = facts["iteration"]
-                return Start(self.place, state, **facts)
+                return Start(self.place, state, **{"stored": "pixels"} | facts)
             except InputError:
                 raise
             except Exception as error:  # TensorFlow's reader raises anything on damaged bytes

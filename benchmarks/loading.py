@@ -226,7 +226,7 @@ def resized(s3, tasks, photos, repeats):
 def load_and_time(tar, where):
     """Do what our load task does, the copy in the object store too; returns images and CPU-seconds."""
     start = time.process_time()
-    images, _, _ = imagenet.load_tarfile(BUCKET, tar, tuple(SIZE), where)
+    images, _, _ = imagenet.load_tarfile(BUCKET, tar, tuple(SIZE), "pixels", where)
     ray.put(images)
     return len(images), time.process_time() - start
 
@@ -316,11 +316,13 @@ def start_driver():
 def load_and_shuffle(can_grow):
     """driver.py without networks, until its data is ready."""
     tasks = data_tasks()
-    training = driver.load(BUCKET, PREFIX, "train.txt", silent, tasks)
+    tars = driver.find(BUCKET, PREFIX, silent)
+    training = driver.load(BUCKET, PREFIX, tars, "train.txt", "pixels", tasks)
     batches = functions.match(training, silent, tasks)
     del training  # as in driver.py
     mean = functions.mean_image(batches, silent, tasks)
-    return functions.shuffle(batches, driver.SHUFFLE_ROUNDS, driver.SEED, silent, tasks), mean
+    functions.shuffle(batches, driver.SHUFFLE_ROUNDS, driver.SEED, silent, tasks)
+    return batches, mean
 
 
 def start_workers(can_grow):

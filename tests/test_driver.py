@@ -85,7 +85,7 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
 ):
     for name, value in {
         "LEARNING_RATE": 0.5,
-        "LEARNING_RATE_DROPS": (40, 120),
+        "LEARNING_RATE_DROPS": (10, 30),
         "CLIP_NORM": 0.01,
         "MOMENTUM": 0.0,
     }.items():
@@ -137,7 +137,7 @@ def test_the_whole_story(finished):
     assert "Loading: 10 of 10 tars, 120 images" in out
     assert "120 images in 10 batches" in out
     assert re.findall(r"Shuffle round (\d) of 5 done", out) == list("12345")
-    assert "2 workers; an iteration is 2 mini-batches of 20 images" in out
+    assert "2 workers; an iteration is 2 mini-batches of 5 images" in out
     lines = re.findall(r"^Iteration (\d): loss = [\d.]+, [\d.]+ images/s, [\d.]+ s$", out, re.M)
     assert lines == list("012")
     assert re.findall(r"^Iteration (\d): accuracy = [\d.]+%$", out, re.M) == list("02")
@@ -233,6 +233,21 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
 def test_a_second_run_gives_the_same_bits(thin, one_ray, photos, finished, tmp_path):
     assert train(photos, "--iterations", 3, "--checkpoint-dir", tmp_path) == 0
     assert checksums(tmp_path) == checksums(finished[1] / "saved")
+
+
+def test_a_resume_stays_with_the_form_of_the_images(
+    thin, one_ray, photos, tmp_path, monkeypatch, capsys
+):
+    """tests/test_nodes.py shows that a run on JPEGs is exact."""
+    options = {"actor": noting_worker(tmp_path)}
+    for iterations, stored in (1, "jpeg"), (2, None):  # pixels would fit
+        monkeypatch.setattr(thin, "STORED", stored)
+        flags = ["--iterations", iterations, "--checkpoint-dir", tmp_path / "saved"]
+        assert train(photos, *flags, **options) == 0
+        assert re.search("^About 123 images: 0.0 GB as JPEGs, ", capsys.readouterr().out, re.M)
+    monkeypatch.setattr(thin, "STORED", "pixels")
+    assert train(photos, *flags, **options) == 2
+    assert "different are STORED (was 'jpeg')" in capsys.readouterr().err
 
 
 def test_another_seed_gives_other_bits(thin, one_ray, photos, finished, tmp_path, monkeypatch):

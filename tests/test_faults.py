@@ -144,7 +144,8 @@ def many(s3):
 
 
 def test_data_larger_than_the_object_stores_spills(nodes, many, tmp_path):
-    with train_elsewhere(many, tmp_path, nodes.address, "SHUFFLE_ROUNDS=1", iterations=2) as run:
+    settings = ["STORED='pixels'", "SHUFFLE_ROUNDS=1"]
+    with train_elsewhere(many, tmp_path, nodes.address, *settings, iterations=2) as run:
         assert run.wait() == 0, run.output()
     assert re.search("About 1[0-9]{3} images: 0.2 GB .* goes to disk", run.output())
     assert fingerprints(run.output()) == [contents(many)]
@@ -154,7 +155,7 @@ def test_full_disk_is_one_clear_line(many, tmp_path):
     full = {"local_fs_capacity_threshold": 0.001}
     nodes = Nodes(2, others=0, cpus=0, _system_config=full)
     try:
-        with train_elsewhere(many, tmp_path, nodes.address) as run:
+        with train_elsewhere(many, tmp_path, nodes.address, "STORED='pixels'") as run:
             assert run.wait() == 2, run.output()
     finally:
         nodes.close()
@@ -166,7 +167,7 @@ def test_full_disk_is_one_clear_line(many, tmp_path):
 
 
 class Memory(results.Report):
-    """Keeps the losses, and the memory of driver and workers after 100 and after 300 iterations."""
+    """Keeps the losses, and the memory of driver and workers after 100 and after 200 iterations."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +176,7 @@ class Memory(results.Report):
     def iteration(self, iteration, losses, *numbers):
         super().iteration(iteration, losses, *numbers)
         self.losses += losses
-        if iteration in (100, 300):
+        if iteration in (100, 200):
             processes = [psutil.Process(), *workers_of(os.getpid())]
             free = ray.available_resources()["object_store_memory"]
             # USS is what a process has for itself: the object store is not counted.
@@ -184,11 +185,10 @@ class Memory(results.Report):
 
 def test_hundreds_of_iterations_learn_and_memory_stays_flat(thin, one_ray, photos, monkeypatch):
     monkeypatch.setattr(thin, "ACCURACY_EVERY", 10)
-    monkeypatch.setattr(thin, "MINI_BATCH", 4)
     monkeypatch.setattr(thin, "KEEP_PROBABILITY", 1.0)
     report = Memory()
-    assert train(photos, "--iterations", 301, report=report) == 0
-    (early, early_free), (late, late_free) = report.seen[100], report.seen[300]
+    assert train(photos, "--iterations", 201, report=report) == 0
+    (early, early_free), (late, late_free) = report.seen[100], report.seen[200]
     assert len(early) == len(late) == 3
     for before, after in zip(early, late, strict=True):
         assert after - before < 10 * 2**20

@@ -3,37 +3,59 @@
 import numpy as np
 import pytest
 import ray
+import simplejpeg
 
 import cluster
 import functions
 import imagenet
+from decoding import Jpegs
 from functions import NO_LABEL, Batch
 
 
-def put_batches(sizes, side=256):
-    """Batches of images that each are filled with their own number, which is their label too."""
+def as_jpegs(images):
+    """Images [n, height, width, 3] as Jpegs."""
+    return Jpegs([simplejpeg.encode_jpeg(image) for image in images], images.shape[1:3])
+
+
+STORED = pytest.mark.parametrize("stored", ["pixels", "jpeg"])
+
+
+def put_batches(sizes, side=256, stored="pixels"):
+    """Batches of images that each are filled with their own number, which is their label too.
+
+    As JPEGs, too: an even grey comes back as it was.
+    """
     batches, start = [], 0
     for size in sizes:
         labels = np.arange(start, start + size, dtype=np.int32)
         images = np.empty((size, side, side, 3), np.uint8)
         images[:] = labels[:, None, None, None]
+        images = as_jpegs(images) if stored == "jpeg" else images
         batches.append(Batch(ray.put(images), ray.put(labels), size))
         start += size
     return batches
 
 
 def test_convert_looks_names_up_and_reports_the_missing():
-    pairs = {"a.JPEG": 3, "b.JPEG": 0}
+    pairs = functions.LabelTable({"a.JPEG": 3, "b.JPEG": 0})
     labels, report = functions.convert(["b.JPEG", "c.JPEG", "a.JPEG"], pairs)
     assert labels.dtype == np.int32
     assert labels.tolist() == [0, NO_LABEL, 3]
     assert report == {"images": 2, "unlabelled": 1, "named": ["'c.JPEG'"]}
 
 
-def test_match_drops_unlabelled_images_and_empty_batches(tasks):
-    images = [ray.put(np.full((n, 4, 4, 3), n, np.uint8)) for n in (2, 3, 1, 0)]
+def test_label_table_answers_as_the_dictionary_does():
+    labels = {f"{'é' * (i % 7)}{i}": i for i in range(1000)}
+    table = functions.LabelTable(labels)
+    names = [*labels, "", "1000", "é", "\ufffd"]
+    assert [table.get(name, -1) for name in names] == [labels.get(name, -1) for name in names]
+
+
+@STORED
+def test_match_drops_unlabelled_images_and_empty_batches(tasks, stored):
+    images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
     names = [["a", "b"], ["c", "x", "d"], ["y"], []]
-    pairs = ray.put({"a": 0, "b": 1, "c": 2, "d": 3})
+    pairs = ray.put(functions.LabelTable({"a": 0, "b": 1, "c": 2, "d": 3}))
     converted = [
         functions.Converted(*tasks.start(functions.convert, batch, pairs, num_returns=2))
         for batch in names
@@ -45,23 +67,25 @@ def test_match_drops_unlabelled_images_and_empty_batches(tasks):
     batches = functions.match(data, said.append, tasks)
     assert [batch.count for batch in batches] == [2, 2]
     assert [ray.get(batch.labels).tolist() for batch in batches] == [[0, 1], [2, 3]]
-    assert ray.get(batches[1].images).shape == (2, 4, 4, 3)
+    left = ray.get(batches[1].images)
+    assert left.shape == (2, 4, 4, 3) and [image.mean() for image in left] == [2, 4]
     assert said[-2:] == [
         "2 images have no label and are left out: 'x', 'y'",
         "4 images in 2 batches",
     ]
 
 
+@STORED
 @pytest.mark.parametrize("sizes", [(5, 3, 4, 1), (3, 2, 4), (6,)])
-def test_shuffle_keeps_every_image_once_with_its_label(tasks, sizes):
-    batches = put_batches(sizes, side=8)
+def test_shuffle_keeps_every_image_once_with_its_label(tasks, sizes, stored):
+    batches = put_batches(sizes, 8, stored)
     for number in range(5):
         batches = functions.shuffle_round(batches, 0, number, tasks)
         images, labels = (ray.get([getattr(b, part) for b in batches]) for part in ("images", "labels"))
         assert sorted(np.concatenate(labels).tolist()) == list(range(sum(sizes)))
-        for batch, pixels, label in zip(batches, images, labels, strict=True):
-            assert len(pixels) == len(label) == batch.count
-            assert (pixels == label[:, None, None, None]).all()
+        for batch, some, label in zip(batches, images, labels, strict=True):
+            assert len(some) == len(label) == batch.count
+            assert all((image == number).all() for image, number in zip(some, label, strict=True))
     assert sorted(batch.count for batch in batches) == sorted(sizes)
 
 
@@ -75,6 +99,14 @@ def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(tasks):
     for a, b in (first[:2], first[2:]):  # each pair holds the images of exactly two batches
         assert len({image // 50 for image in a + b}) == 2
         assert len({image // 50 for image in a}) == 2
+
+
+def test_rounds_that_do_not_mix_all_are_told(tasks):
+    for rounds, told in (2, True), (3, False):
+        batches, said = put_batches([2] * 5, side=1), []
+        functions.shuffle(batches, rounds, 0, said.append, tasks)
+        hint = "2 shuffle rounds mix the images of 4 tars: SHUFFLE_ROUNDS = 3 would mix all 5"
+        assert (hint in said) == told and len(batches) == 5
 
 
 def test_after_three_rounds_a_batch_has_images_of_eight(tasks):
@@ -97,10 +129,13 @@ def test_an_odd_batch_out_takes_part_in_another_round(tasks):
 def test_mean_image_is_exact(tasks):
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, (n, 6, 5, 3), np.uint8) for n in (4, 1, 7)]
-    batches = [Batch(ray.put(a), None, len(a)) for a in arrays]
-    mean = functions.mean_image(batches, print, tasks)
-    assert mean.dtype == np.float32
-    np.testing.assert_array_equal(mean, np.concatenate(arrays).mean(axis=0).astype(np.float32))
+    for form in np.asarray, as_jpegs:
+        images = [form(array) for array in arrays]
+        batches = [Batch(ray.put(some), None, len(some)) for some in images]
+        mean = functions.mean_image(batches, print, tasks)
+        assert mean.dtype == np.float32
+        all_pixels = np.array([image for some in images for image in some])
+        np.testing.assert_array_equal(mean, all_pixels.mean(axis=0).astype(np.float32))
 
 
 def test_one_hot():
@@ -121,8 +156,9 @@ def draw(batches, **changes):
     return ray.get([minibatch.ref() for minibatch in drawn])
 
 
-def test_minibatches_are_random_crops_decided_by_seed_iteration_and_index(one_ray):
-    batches = put_batches([30, 60])
+@STORED
+def test_minibatches_are_random_crops_decided_by_seed_iteration_and_index(one_ray, stored):
+    batches = put_batches([30, 60], stored=stored)
     minibatches = draw(batches)
     for pixels, labels, crops in minibatches:
         assert pixels.shape == (20, 224, 224, 3)

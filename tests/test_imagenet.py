@@ -267,6 +267,24 @@ def test_fine_stripes_do_not_alias(side, axis, kind):
     assert decoded.std() < sampled.std() / 2 and abs(decoded.mean() - 127.5) < 3
 
 
+def test_jpegs_are_near_the_pixels_and_those_of_the_size_stay_as_they_are():
+    rng = np.random.default_rng(0)
+    small = [jpeg(draw_image(i, rng, (256, 256)), quality=70) for i in range(2)]
+    grey, large = jpeg(draw_image(2, rng, (256, 256)).convert("L")), jpeg(picture())
+    for_pillow = encode(picture(256, 256).convert("CMYK"), "JPEG")
+    files = dict(zip("abcde", [large, small[0], grey, for_pillow, small[1]], strict=True))
+    tar = make_tar({"text": b"no image"} | files | {"cut": small[0][:900]})
+    pixels, names, left_out = decoding.decode_tar(io.BytesIO(tar), SIZE)
+    jpegs, *others = decoding.decode_tar(io.BytesIO(tar), SIZE, "jpeg")
+    assert others == [names, left_out] and names == list("abcde")
+    assert jpegs.shape == pixels.shape == (5, 256, 256, 3)
+    kept = [jpegs.jpeg(i).tobytes() == data for i, data in enumerate(files.values())]
+    assert kept == [False, True, True, False, True]
+    for image, wanted, same in zip(jpegs, pixels, kept, strict=True):
+        difference = np.abs(image.astype(int) - wanted).mean()
+        assert difference == 0 if same else 0 < difference < 2
+
+
 def test_png_by_the_name_of_a_jpeg_is_kept():
     """ILSVRC-2012 has one: n02105855_2933.JPEG."""
     tar = io.BytesIO(make_tar({"n02105855_2933.JPEG": encode(picture(), "PNG")}))

@@ -25,7 +25,7 @@ from tests.support import (
     train_here,
 )
 
-ITERATIONS, MINI_BATCH = 36, 5  # of the run of misfortunes
+ITERATIONS = 36
 TIMEOUT = 8  # seconds without an answer after which what hangs is replaced
 
 # Ray carries what is smaller than 100 KB in its messages. Gradients of this network lie on nodes.
@@ -46,13 +46,13 @@ def six_undisturbed(thin, one_ray, photos, tmp_path, monkeypatch):
 
     It begins at a checkpoint of iteration 0, which says how many mini-batches there are.
     """
-    network = alexnet.AlexNet(WIDE, num_classes=10, rule=thin.update_rule(6 * MINI_BATCH))
+    network = alexnet.AlexNet(WIDE, num_classes=10, rule=thin.update_rule(6 * thin.MINI_BATCH))
     network.restore(network.initial_state("he", functions.generator(0, "initial weights")))
     folder = tmp_path / "undisturbed"
     folder.mkdir()
     save_start(folder, network, mini_batches=6)
     monkeypatch.setattr(thin, "LAYERS", WIDE)
-    monkeypatch.setattr(thin, "MINI_BATCH", MINI_BATCH)
+    monkeypatch.setattr(thin, "STORED", "jpeg")
     assert train_here(photos, folder, ITERATIONS) == 0
     return checksums(folder)
 
@@ -87,7 +87,7 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
     bad, killed, hanging, memory = moments = [
         *((5, "apply"), (26, "broadcast"), (28, "compute"), (34, "apply"))
     ]
-    settings = [f"LAYERS={WIDE}", f"MINI_BATCH={MINI_BATCH}", f"WORKER_TIMEOUT={TIMEOUT}"]
+    settings = [f"LAYERS={WIDE}", "STORED='jpeg'", f"WORKER_TIMEOUT={TIMEOUT}"]
     settings += [f"PAUSES={deaths + moments}"]
     flags = ["--s3-bucket", photos, "--checkpoint-dir", tmp_path / "saved", "--iterations", ITERATIONS]
     with thin_driver(*settings, *flags, address=nodes.address) as run:
@@ -124,7 +124,7 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
     ):
         assert re.search(f"^{line}$", out, re.M), line
     assert out.count("no answer") == 1
-    assert fingerprints(out) == [contents(photos)] * 2
+    assert fingerprints(out) == [contents(photos, "jpeg")] * 2
     assert_clean(out)
     assert checksums(tmp_path / "saved") == six_undisturbed
 
