@@ -155,8 +155,15 @@ def fill_bucket(s3, bucket, images_per_class, num_classes=10):
 
 # ---- runs
 
-# Ray ends processes that are idle for a second; in tests they stay for the next task.
-WARM = {"idle_worker_killing_time_threshold_ms": 600_000}
+# Ray ends processes that are idle for a second; in tests they stay for the next task. It starts some
+# ahead of time, too, which are of no use here: they lack the project's modules.
+WARM = {
+    "idle_worker_killing_time_threshold_ms": 600_000,
+    "enable_worker_prestart": False,
+    "prestart_worker_first_driver": False,
+}
+
+MINI_BATCH = 5  # images, so that a step of the thin network takes milliseconds
 
 
 def thin_constants(patch):
@@ -165,6 +172,7 @@ def thin_constants(patch):
 
     patch.setattr(driver, "LAYERS", THIN)
     patch.setattr(driver, "NUM_CLASSES", 10)
+    patch.setattr(driver, "MINI_BATCH", MINI_BATCH)
     patch.setattr(driver, "ACCURACY_EVERY", 2)
     patch.setattr(driver, "PRECISION", "float32")  # on any CPU
 
@@ -423,7 +431,7 @@ def fingerprints(output):
     return re.findall(r"^\d+ images: \w{64}$", output, re.M)
 
 
-def contents(bucket):
+def contents(bucket, stored="pixels"):
     """What must be in the object store: the fingerprint of a bucket's images, each with its label."""
     import decoding
     import imagenet
@@ -431,7 +439,7 @@ def contents(bucket):
     labels = imagenet.read_labels(bucket, "train.txt", 10)
     pairs = []
     for tar in imagenet.list_tars(bucket, "")[0]:
-        images, names, _ = decoding.decode_tar(imagenet.download(bucket, tar.key), (256, 256))
+        images, names, _ = decoding.decode_tar(imagenet.download(bucket, tar.key), (256, 256), stored)
         pairs.append(identify(images, [labels[name] for name in names]))
     return fingerprint(pairs)
 

@@ -34,15 +34,17 @@ def head(s3, tmp_path):
     environment["PATH"] = f"{ray.parent}:{environment['PATH']}"  # jobs run `python`
     size = ["--num-cpus=1", "--object-store-memory=200000000", "--block"]
     first = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
-    started = []
+    started, agents = [], []
     for name, options in ("first", first), ("second", [f"--address=127.0.0.1:{port}"]):
         agent = free_port()  # two nodes on one machine share neither this port nor a folder
         options += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}/{name}"]
         with (tmp_path / name).open("w") as log:
             command = [ray, "start", *options, *size]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        wait_for_port(agent)
-    wait_for_port(dashboard)
+        wait_for_port(port)  # the second node joins while the first one's agents start
+        agents.append(agent)
+    for each in [*agents, dashboard]:
+        wait_for_port(each)
     yield f"http://127.0.0.1:{dashboard}", environment
     for process in reversed(started):
         process.terminate()

@@ -76,7 +76,7 @@ class Report(results.Report):
 
 if __name__ == "__main__":
     driver.LAYERS, driver.NUM_CLASSES, driver.ACCURACY_EVERY = support.THIN, 10, 5
-    driver.PRECISION = "float32"  # on any CPU
+    driver.PRECISION, driver.MINI_BATCH = "float32", support.MINI_BATCH  # on any CPU
     settings = [argument for argument in sys.argv[1:] if argument.split("=")[0].isupper()]
     values = {name: ast.literal_eval(value) for name, value in (s.split("=", 1) for s in settings)}
     report = Report(values.pop("PAUSES", []))
