@@ -284,7 +284,7 @@ def test_resume_restores_weights_and_momentum(place):
     save(results.Checkpoints(place, print), 1, network)
     network.apply(gradients, 1.0, 0.1)
     start = results.Checkpoints(place, print).newest()
-    assert start._replace(state=None) == results.Start(place, None, 1, 2, "float32", RUN)
+    assert start._replace(state=None) == results.Start(place, None, 1, 2, "float32", "pixels", RUN)
     other = thin_network(momentum=0.9)
     other.restore(start.state)
     other.apply(gradients, 1.0, 0.1)
