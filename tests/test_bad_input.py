@@ -26,7 +26,18 @@ import decoding
 import driver
 import imagenet
 import results
-from tests.support import ROOT, draw_image, encode, jpeg, make_tar, photo, thin_driver, title, train
+from tests.support import (
+    ROOT,
+    draw_image,
+    encode,
+    jpeg,
+    make_tar,
+    noting_worker,
+    photo,
+    thin_driver,
+    title,
+    train,
+)
 
 SIZE = [256, 256]
 
@@ -290,7 +301,7 @@ def test_what_is_readable_of_a_tar_is_kept(tar, kept, why):
     assert f"{left_out[0][0]}: {left_out[0][1]}" == why
 
 
-def test_training_goes_on_with_what_is_usable(thin, one_ray, s3, bucket, capsys):
+def test_training_goes_on_with_what_is_usable(thin, one_ray, s3, bucket, tmp_path, capsys):
     """The held-out set, too: it goes the same road."""
     bad = {f"{what}.JPEG": content for what, (content, _) in LEFT_OUT.items()}
     images, specials = dict(list(bad.items())[:-5]), dict(list(bad.items())[-5:])
@@ -313,7 +324,7 @@ def test_training_goes_on_with_what_is_usable(thin, one_ray, s3, bucket, capsys)
     s3.put_object(Bucket=bucket, Key="train.txt", Body=labels.encode())
     s3.put_object(Bucket=bucket, Key="val.txt", Body=b"f.JPEG 7\nh.JPEG 9\ni.JPEG 3\n")
     flags = ["--key-prefix", "t/", "--val-prefix", "v/", "--iterations", 2]
-    assert train(bucket, *flags) == 0
+    assert train(bucket, *flags, actor=noting_worker(tmp_path)) == 0
     out, err = capsys.readouterr()
     assert err == ""
     where = f"s3://{bucket}"
@@ -334,7 +345,7 @@ def test_training_goes_on_with_what_is_usable(thin, one_ray, s3, bucket, capsys)
     assert "3 images in 2 batches" in out
     assert len(re.findall(r"^Iteration \d: loss", out, re.M)) == 2
     [share] = re.findall(r"^Iteration 2: validation top-1 = ([\d.]+)%", out, re.M)
-    assert share in ("0.0", "33.3", "66.7", "100.0")  # of three images
+    assert share == "0.0"  # these workers compute nothing
 
 
 @pytest.mark.parametrize("name", ["unlabelled", "unreadable"])
@@ -418,6 +429,7 @@ def test_more_workers_than_a_growing_cluster_gets_room_for(thin, one_ray, small,
 def test_gpus_that_no_worker_can_use(thin, one_ray, small, capsys, monkeypatch, gpus, why):
     """The session's Ray counts GPUs that are none: computing on the CPU instead would take weeks."""
     monkeypatch.setattr(thin, "GPUS_PER_WORKER", gpus)
+    monkeypatch.setattr(thin, "NUM_WORKERS", 1)
     assert one_error(capsys, *small, "--iterations", 1).endswith(why)
 
 
