@@ -31,6 +31,7 @@ from tests.support import checksums, fill_bucket, s3_client, s3_server
 SETTINGS = {
     "NUM_WORKERS": 2 * NODES,
     "MINI_BATCH": 4,
+    "STORED": "jpeg",  # or the room of each cluster would decide
     "WORKER_TIMEOUT": 10,
     "WORKER_WAIT": 60,
     "TASK_TIMEOUT": 20,
