@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import watching
 from adding import leaves, share_out
-from functions import CPU_SLICE, Helper, multiplies_bfloat16, random_batch
+from functions import CPU_SLICE, TASK_MEMORY, Helper, multiplies_bfloat16, random_batch
 from imagenet import PATIENCE
 
 # What runs on other nodes, too.
@@ -182,8 +182,8 @@ class DataTasks:
     def __init__(self, say, timeout, fail, **options):
         """`timeout` bounds the seconds of a task; `fail` is called with the error if the head is gone.
 
-        A task takes a slice of a CPU, and memory for at most two tasks a CPU. `options` are more of
-        Ray's for all tasks.
+        A task takes a slice of a CPU, and memory: TASK_MEMORY, or more, so that at most two run on a
+        CPU. `options` are more of Ray's for all tasks.
         """
         here = on_node(ray.get_runtime_context().get_node_id())
         self._watch = watching.Watch.options(scheduling_strategy=here).remote()
@@ -196,9 +196,10 @@ class DataTasks:
         for thread in self._threads:
             thread.start()
         nodes = [node["Resources"] for node in nodes_alive()]
-        shares = [n["memory"] / n["CPU"] / 2 for n in nodes if n.get("CPU") and n.get("memory")]
-        limits = {"num_cpus": CPU_SLICE, "memory": int(min(shares, default=0)), "max_retries": -1}
-        self._task = ray.remote(**limits | options)(watching.watched)
+        sizes = [(n["memory"], n["CPU"]) for n in nodes if n.get("CPU") and n.get("memory")]
+        share, largest = (min(m / c / 2 for m, c in sizes), max(sizes)[0]) if sizes else (0, 0)
+        limits = {"num_cpus": CPU_SLICE, "memory": int(min(max(TASK_MEMORY, share), largest))}
+        self._task = ray.remote(max_retries=-1, **limits | options)(watching.watched)
 
     def close(self):
         """End the threads: Ray ends the process if one of them calls it after its end."""
@@ -439,12 +440,11 @@ class Helpers:
             indexes = leaves(part)
             sets = [refs[index] for index in indexes]
             refs.append(self.on(node).add_gradients.remote(part, indexes, *sets))
-        indexes = leaves(tree)
-        left = [refs[index] for index in indexes]
+        left = {index: refs[index] for index in leaves(tree)}
         restart = time.monotonic() + timeout
-        while ray.wait(left, num_returns=len(left), timeout=min(PATIENCE, timeout))[1]:
+        while ray.wait([*left.values()], num_returns=len(left), timeout=min(PATIENCE, timeout))[1]:
             say("The gradients are still added up")
             if time.monotonic() >= restart:
                 self.restart_hung()
                 restart += timeout
-        return tree, dict(zip(indexes, ray.get(left), strict=True))
+        return tree, dict(zip(left, ray.get([*left.values()]), strict=True))

@@ -4,6 +4,7 @@ import io
 import posixpath
 import re
 import tarfile
+from collections import namedtuple
 
 import cv2
 import numpy as np
@@ -19,6 +20,16 @@ MAX_SCANS = 100  # of a progressive JPEG, which has some 10; with more, 1 MB can
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be, whatever its name
 
 QUALITY = 90  # of images that are stored as JPEGs
+
+MAX_BYTES = 4 * MAX_PIXELS  # of a file; a larger one is no image
+
+MAX_RECORDS = 2**20  # bytes that are read of a tar's headers about one member
+
+ITSELF = "the tar itself"  # the name under which damage to a tar is left out
+
+# How much of a tar is one batch, at most. A tar of ImageNet, of up to 1,300 images, is one part.
+Part = namedtuple("Part", "images bytes")
+PART = Part(2000, 2**28)
 
 
 class ImageError(Exception):
@@ -69,50 +80,58 @@ def gathered(sources, chosen):
     return Jpegs(some, first.shape[1:3]) if as_jpegs else np.stack(some)
 
 
-def decode_tar(tar, size, stored="pixels"):
-    """Decode every image of a tar (a file object), and store it in a form, "pixels" or "jpeg".
+def decode_part(tar, size, stored="pixels", start=0, most=PART):
+    """Decode the images of a part of a tar, and store them in a form, "pixels" or "jpeg".
 
-    Returns images uint8 [n, height, width, 3] or Jpegs, their n base names, and (name, reason) of what
-    was left out: members that are no regular file or no readable image, and damage to the tar itself.
+    `tar` is a file object, `start` the byte at which the part begins, 0 or the `rest` of the part
+    before; it ends with the tar, or after so many images or bytes. Returns images uint8 [n, height,
+    width, 3] or Jpegs, their n base names, (name, reason) of what was left out: members that are no
+    regular file or no readable image, and damage to the tar itself; and `rest`, the byte at which the
+    next part begins, None after the last one.
     """
-    members, left_out = tar_members(tar)
-    as_jpegs = stored == "jpeg"
-    images = [] if as_jpegs else np.empty((len(members), *size, 3), np.uint8)  # once, for all members
-    names = []
-    for member in members:
+    end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
+    # What no image is written to takes no memory.
+    images = [] if as_jpegs else np.empty((most.images, *size, 3), np.uint8)
+    names, left_out = [], []
+    for place, member in walk(tar, start, end):
+        if len(names) == most.images or place - start >= most.bytes:
+            return _in_form(images, names, size), names, left_out, place
+        if member and member.isdir():
+            continue
         try:
-            tar.seek(member.offset_data)
-            data = tar.read(member.size)
+            data = _content(tar, place, member, end)
             if as_jpegs:
                 images.append(small_jpeg(data, size))
             else:
                 images[len(names)] = decode_image(data, size)
         except ImageError as error:
-            left_out.append((member.name, str(error)))
+            left_out.append((member.name if member else ITSELF, str(error)))
         else:
             names.append(posixpath.basename(member.name))
-    return Jpegs(images, size) if as_jpegs else images[: len(names)], names, left_out
-
-
-def tar_members(tar):
-    """The regular files that lie whole in a tar, and (name, reason) for everything else."""
-    end = tar.seek(0, io.SEEK_END)
-    files, left_out = [], []
-    for place, member in _walk(tar, end):
-        if not member:
-            left_out.append(("the tar itself", f"damaged at byte {place}"))
-        elif member.type not in _REGULAR:
-            left_out += [] if member.isdir() else [(member.name, "no regular file")]
-        elif member.offset_data + member.size > end:
-            left_out.append((member.name, "cut off by the end of the tar"))
-        else:
-            files.append(member)
     tar.seek(max(0, end - tarfile.BLOCKSIZE))
     if any(tar.read()):
-        left_out.append(("the tar itself", "cut: its end mark is missing"))
-    if not files and all(name == "the tar itself" for name, _ in left_out):
-        left_out = [("the tar itself", "empty, or no tar")]
-    return files, left_out
+        left_out.append((ITSELF, "cut: its end mark is missing"))
+    if not start and not names and all(name == ITSELF for name, _ in left_out):
+        left_out = [(ITSELF, "empty, or no tar")]
+    return _in_form(images, names, size), names, left_out, None
+
+
+def _in_form(images, names, size):
+    return Jpegs(images, size) if isinstance(images, list) else images[: len(names)]
+
+
+def _content(tar, place, member, end):
+    """The bytes of a member that `walk` has found at a place of a tar."""
+    if not member:
+        raise ImageError(f"damaged at byte {place}")
+    if member.type not in _REGULAR:
+        raise ImageError("no regular file")
+    if member.offset_data + member.size > end:
+        raise ImageError("cut off by the end of the tar")
+    if member.size > MAX_BYTES:
+        raise ImageError(f"too large: {member.size} bytes")
+    tar.seek(member.offset_data)
+    return tar.read(member.size)
 
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -125,13 +144,15 @@ _EXTENDED += (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 _RECORD = re.compile(rb"(\d{1,19}) (?:(path|size|GNU\.sparse\.size|GNU\.sparse\.realsize)=)?")
 
 
-def _walk(tar, end):
-    """The members of a tar as (place, TarInfo), and (place, None) where one must have been damaged.
+def walk(tar, start, end):
+    """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage.
 
-    Goes from header to header, and block by block where there is none, so always forwards. The walk of
-    `tarfile` itself ends at some damage, and hostile headers lead it in circles, or deep down.
+    The walk can begin anew at any such place. It goes from header to header, and block by block where
+    there is none, so always forwards. That of `tarfile` itself ends at some damage, and hostile headers
+    lead it in circles, or deep down.
     """
-    place, damaged, records = 0, False, {}
+    place = first = start  # `first` is that of the headers about one member
+    damaged, records = False, {}
     while place < end:
         tar.seek(place)
         block = tar.read(tarfile.BLOCKSIZE)
@@ -140,12 +161,12 @@ def _walk(tar, end):
             if any(block) and not damaged:
                 yield place, None
             damaged, records = damaged or any(block), {}
-            place += len(block)
+            place = first = place + len(block)
             continue
-        damaged, member.offset = False, place
+        damaged = False
         place += len(block)
         if member.type in _EXTENDED:
-            content = tar.read(min(_whole_blocks(member.size), end - place))
+            content = tar.read(min(_whole_blocks(member.size), end - place, MAX_RECORDS))
             place += _whole_blocks(member.size)
             records = _records(member.type, content) | records  # of two, the first one counts
             continue
@@ -155,8 +176,8 @@ def _walk(tar, end):
         if size is not None:
             member.size = size
             place += 0 if member.type in _NO_DATA else _whole_blocks(size)
-        records = {}
-        yield member.offset, member
+        yield first, member
+        first, records = place, {}
 
 
 def _header(block):

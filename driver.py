@@ -28,6 +28,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 import alexnet
 import cluster
+import decoding
 import functions
 import imagenet
 import results
@@ -176,7 +177,7 @@ def form_of_images(bucket, tars, before, mini_batches, one_set, say):
     `one_set` is the bytes of a set of weights or of a mini-batch's gradients.
     """
     images = imagenet.estimate_images(bucket, tars)
-    batch = imagenet.STORED_BYTES["pixels"] * images / len(tars)
+    batch = imagenet.STORED_BYTES["pixels"] * min(images / len(tars), decoding.PART.images)
     room = cluster.room_for_images(mini_batches, one_set, batch)
     stored = STORED or before or imagenet.form_that_fits(images, room)
     say(imagenet.memory_needed(images, stored, room))
@@ -190,18 +191,14 @@ def load(bucket, prefix, tars, label_file, stored, tasks):
     """
     if not tars:
         return None
-    # One remote task a tar downloads and decodes it into the object store.
+    # One remote task a tar downloads and decodes it into the object store, a large tar in parts.
     loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [imagenet.IMAGE_SIZE] * 2, tasks, stored)
     # The label file's table goes into the object store once, for every `convert`.
     labels = imagenet.read_labels(bucket, label_file, NUM_CLASSES)
     imagepairs = ray.put(functions.LabelTable(labels))
-    converted = [
-        functions.Converted(*tasks.start(functions.convert, tar.filenames, imagepairs, num_returns=2))
-        for tar in loaded
-    ]
     etags = {tar.key: tar.etag for tar in tars}
     source = {"tars": imagenet.digest(etags), "labels": imagenet.digest(labels)}
-    return functions.DataSet(bucket, prefix, label_file, loaded, converted, source)
+    return functions.DataSet(bucket, prefix, label_file, loaded, imagepairs, source)
 
 
 class Stop:

@@ -25,6 +25,8 @@ from imagenet import CROP_SIZE, PATIENCE, InputError, report_loading
 # for one slice, so that data tasks always find room beside workers: to rebuild a lost block, too.
 CPU_SLICE = 0.05
 
+TASK_MEMORY = 10**9  # bytes of a data task: two batches of decoding.PART.images as pixels, and Python
+
 VALIDATION_STEP = 50  # images of a validation request that go through the network at once
 
 NO_LABEL = -1
@@ -34,12 +36,9 @@ NO_LABEL = -1
 # int32 [n].
 Batch = namedtuple("Batch", "images labels count")
 
-# References to the two values of `convert`.
-Converted = namedtuple("Converted", "labels report")
-
 # A data set that is being loaded, from the tars below a prefix and a label file in a bucket: an
-# imagenet.Loaded and a Converted for each tar, and a dict of fingerprints of all tars and labels.
-DataSet = namedtuple("DataSet", "bucket prefix label_file loaded converted source")
+# imagenet.Loaded for each tar, the reference of a LabelTable, fingerprints of all tars and labels.
+DataSet = namedtuple("DataSet", "bucket prefix label_file loaded imagepairs source")
 
 # Crops of images uint8 [n, 224, 224, 3], labels int32 [n], and where each crop lies in its image: int
 # [n, 3] of (top, left, mirrored).
@@ -136,11 +135,14 @@ def match(data, say, tasks):
     Images without a label are dropped, and batches without an image. InputError if nothing is left.
     `tasks` are the cluster's DataTasks, here and below.
     """
-    report_loading(data.bucket, [tar.report for tar in data.loaded], say)
+    loaded = report_loading(data.bucket, data.loaded, say)
+    converted = [
+        tasks.start(convert, part.filenames, data.imagepairs, num_returns=2) for part in loaded
+    ]
     batches = []
-    reports = ray.get(wait_for([converted.report for converted in data.converted], say, "Labels"))
-    for tar, converted, report in zip(data.loaded, data.converted, reports, strict=True):
-        images, labels = tar.images, converted.labels
+    reports = ray.get(wait_for([report for _, report in converted], say, "Labels"))
+    for part, (labels, _), report in zip(loaded, converted, reports, strict=True):
+        images = part.images
         if report["unlabelled"] and report["images"]:
             images, labels = tasks.start(drop_unlabelled, images, labels, num_returns=2)
         if report["images"]:

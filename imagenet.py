@@ -5,24 +5,27 @@ import functools
 import hashlib
 import io
 import json
+import math
 import posixpath
 import re
 import sys
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import boto3
 import cv2
 import ray
 from boto3.exceptions import Boto3Error, S3UploadFailedError
-from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
-from s3transfer.subscribers import BaseSubscriber
+from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 from tqdm import tqdm
 
-from decoding import decode_tar, one_line, tar_members
+from decoding import decode_part, one_line, walk
 
 IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
 
@@ -31,7 +34,13 @@ STORED_BYTES = {"pixels": IMAGE_SIZE * IMAGE_SIZE * 3, "jpeg": 24_000}
 
 CROP_SIZE = 224  # side of the square crop of it that the network sees, pixels (paper, section 4.1)
 
-STORM = 30  # seconds for which a tar is asked for anew if every attempt to read it breaks off
+STORM = 30  # seconds for which a piece of a tar is asked for anew if every attempt breaks off
+
+PIECE = 8 * 2**20  # bytes of one request
+
+AHEAD = 4  # pieces of a tar that are fetched while one is decoded
+
+ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as PATIENT says
 
 PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
 
@@ -50,10 +59,10 @@ PATIENT = Config(
     response_checksum_validation="when_required",
 )
 PARTS = TransferConfig(
-    multipart_chunksize=8 * 2**20,
-    io_chunksize=8 * 2**20,  # a part at once: in small pieces, threads take turns for half the time
-    max_concurrency=4,
-    num_download_attempts=8,
+    multipart_chunksize=PIECE,
+    io_chunksize=PIECE,  # a part at once: in small pieces, threads take turns for half the time
+    max_concurrency=AHEAD,
+    num_download_attempts=ATTEMPTS,
 )
 # The driver's own few requests fail within a minute when nothing answers.
 IMPATIENT = Config(
@@ -87,11 +96,11 @@ def explain(error):
     """One line for an error of S3: what S3 or the network said, and what to do about it."""
     if isinstance(error, RetriesExceededError):
         return f"every attempt to read it broke off ({explain(error.last_exception)}): start again"
-    if isinstance(error, S3DownloadFailedError):  # it has another ETag than listed
+    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+    if isinstance(error, S3DownloadFailedError) or code in ("PreconditionFailed", "412"):
         return "has changed since it was listed: start again with the new data"
     if isinstance(error, S3UploadFailedError) and error.__context__:
         return explain(error.__context__)
-    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
     if code == "NoSuchBucket":
         return "no such bucket; check its name, AWS_ENDPOINT_URL and the region"
     if code in ("404", "NoSuchKey"):
@@ -177,9 +186,10 @@ def s3_errors(bucket, key=""):
 # A tar as it is listed; `size` is in bytes.
 Tar = namedtuple("Tar", "key etag size")
 
-# References to what a load task makes of one tar: n images uint8 [n, height, width, 3] RGB, or Jpegs;
-# n base names; a dict of `key`, `images` (n), `left_out` (a count), `named` (the first few of those).
-Loaded = namedtuple("Loaded", "images filenames report")
+# References to what a load task makes of one part of a tar: n images uint8 [n, height, width, 3] RGB,
+# or Jpegs; n base names; a dict of `key`, `images` (n), `left_out` (a count), `named` (the first few
+# of those) and `rest` (where the next part begins, or None). `more(rest)` starts to load that part.
+Loaded = namedtuple("Loaded", "images filenames report more")
 
 
 def digest(value):
@@ -213,10 +223,10 @@ def estimate_images(bucket, tars):
         broken = contextlib.suppress(IncompleteReadError, HTTPClientError)
         with s3_errors(bucket, tars[0].key), broken:
             head = first.get(Range="bytes=0-1048575")["Body"].read()
-    members, _ = tar_members(io.BytesIO(head))
-    if not members:
-        return total // JPEG_BYTES
-    return round(total * len(members) / (members[-1].offset_data + members[-1].size))
+    members = [member for _, member in walk(io.BytesIO(head), 0, len(head)) if member]
+    ends = [member.offset_data + member.size for member in members if member.isreg()]
+    whole = [end for end in ends if end <= len(head)]
+    return round(total * len(whole) / whole[-1]) if whole else total // JPEG_BYTES
 
 
 def form_that_fits(images, room):
@@ -236,32 +246,37 @@ def memory_needed(images, stored, room):
 def load_tarfiles_from_s3(bucket, tars, size, tasks, stored="pixels"):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
-    `size` is [height, width] of the images, `tasks` are the cluster's DataTasks, `stored` is the form
-    of the images, "pixels" or "jpeg".
+    A large tar takes one task after the other: these Loaded are its first parts. `size` is [height,
+    width] of the images, `tasks` are the cluster's DataTasks, `stored` is the form of the images,
+    "pixels" or "jpeg".
     """
     with s3_errors(bucket):
         where = s3_location()
     options = {"num_returns": 3, "scheduling_strategy": "SPREAD"}
-    names = [f"s3://{bucket}/{one_line(tar.key)}" for tar in tars]
-    what = tuple(size), stored, where
-    return [
-        Loaded(*tasks.start(load_tarfile, bucket, tar, *what, name=name, **options))
-        for tar, name in zip(tars, names, strict=True)
-    ]
+
+    def load(tar, start=0):
+        options["name"] = f"s3://{bucket}/{one_line(tar.key)}"
+        what = bucket, tar, start, tuple(size), stored, where
+        return Loaded(*tasks.start(load_tarfile, *what, **options), more=partial(load, tar))
+
+    return [load(tar) for tar in tars]
 
 
-def report_loading(bucket, report_refs, say):
-    """Show the progress of tasks that load tars as they end, then `say` what was left out and why.
+def report_loading(bucket, loaded, say):
+    """Wait for tars that are loaded, a list of Loaded, and start to load the rest of large ones.
 
-    A progress bar on a terminal, lines that `say` takes elsewhere. Raises a task's InputError.
+    Returns all parts of all tars, in order. Shows how far it is, a progress bar on a terminal, lines
+    that `say` takes elsewhere, and then says what was left out and why. Raises a task's InputError.
     """
-    reports, left = [], list(report_refs)
+    parts, ended = [[part] for part in loaded], 0
+    left, reports = {part.report: number for number, part in enumerate(loaded)}, []
     bar = tqdm(total=len(left), desc="Loading", unit="tar", disable=not sys.stderr.isatty())
     while left:
-        done, left = ray.wait(left, num_returns=1, timeout=PATIENCE)
+        done, _ = ray.wait(list(left), num_returns=1, timeout=PATIENCE)
         if not done:
             say(f"Loading: {len(left)} tars are still read")
             continue
+        number = left.pop(done[0])
         try:
             reports += ray.get(done)
         except ray.exceptions.RayTaskError as error:
@@ -269,12 +284,23 @@ def report_loading(bucket, report_refs, say):
             if isinstance(error.cause, InputError):
                 raise error.cause from None
             raise
-        images, count = sum(report["images"] for report in reports), len(report_refs)
+        images, count = sum(report["images"] for report in reports), len(loaded)
         bar.set_postfix(images=images, refresh=False)
+        if (rest := reports[-1]["rest"]) is not None:
+            parts[number].append(part := parts[number][-1].more(rest))
+            left[part.report] = number
+            continue
+        ended += 1
         bar.update()
-        if bar.disable and len(reports) * 10 // count > (len(reports) - 1) * 10 // count:
-            say(f"Loading: {len(reports)} of {count} tars, {images} images")
+        if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
+            say(f"Loading: {ended} of {count} tars, {images} images")
     bar.close()
+    say_left_out(bucket, reports, say)
+    return [part for some in parts for part in some]
+
+
+def say_left_out(bucket, reports, say):
+    """Name what load tasks have left out, of the first few tars with most of a line each."""
     spoilt = sorted((report for report in reports if report["left_out"]), key=lambda r: r["key"])
     for report in spoilt[:MAX_NAMED]:
         names = "; ".join(report["named"])
@@ -284,58 +310,91 @@ def report_loading(bucket, report_refs, say):
         say(f"{rest} left out of {len(spoilt) - MAX_NAMED} more tars")
 
 
-def load_tarfile(bucket, tar, size, stored, where):
-    """What a load task does: one Tar as images, their names and a report, the values of a Loaded."""
+def load_tarfile(bucket, tar, start, size, stored, where):
+    """What a load task does: a part of a Tar as images, their names and a report, as in Loaded."""
     cv2.setNumThreads(1)  # tasks run side by side
-    images, names, left_out = decode_tar(download_patiently(bucket, tar, where), size, stored)
+    with contextlib.closing(S3Tar(bucket, tar, where)) as file:
+        images, names, left_out, rest = decode_part(file, size, stored, start)
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
-    report = {"key": tar.key, "images": len(names), "left_out": len(left_out), "named": named}
-    return images, names, report
+    counts = {"images": len(names), "left_out": len(left_out)}
+    return images, names, {"key": tar.key, "named": named, "rest": rest} | counts
 
 
-def download_patiently(bucket, tar, where):
-    """`download` of a Tar; if S3 breaks off every attempt, it is asked again for STORM seconds.
+class S3Tar:
+    """A Tar in S3, as a file object to read forwards: threads fetch the next pieces ahead of time.
 
-    boto3 waits between attempts of a request, but not between those of a body that breaks off.
+    What lies behind is let go: AHEAD + 1 pieces are in memory. Raises InputError if the tar is
+    unreadable or has changed since it was listed.
     """
-    deadline = time.monotonic() + STORM
-    while True:
-        try:
-            return download(bucket, tar.key, tar.etag, where)
-        except InputError as error:
-            if time.monotonic() > deadline or not isinstance(error.__cause__, RetriesExceededError):
-                raise
-            time.sleep(2)
+
+    def __init__(self, bucket, tar, where, config=PATIENT, storm=STORM):
+        """Nothing is asked of S3 yet. `where` is that of `s3_location`, `config` is botocore's."""
+        self._bucket, self._tar, self._storm, self._place = bucket, tar, storm, 0
+        self._client = _client(config, **where)
+        self._pieces, self._threads = {}, ThreadPoolExecutor(AHEAD)  # number -> Future of its bytes
+
+    def close(self):
+        """Fetch nothing more."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        """Go to a byte, and return its number."""
+        self._place = offset + (self._tar.size if whence == io.SEEK_END else 0)
+        return self._place
+
+    def read(self, size=None):
+        """The next bytes: so many, or all to the end."""
+        end = self._tar.size if size is None else min(self._place + size, self._tar.size)
+        read = []
+        while self._place < end:
+            number, skipped = divmod(self._place, PIECE)
+            read.append(self._piece(number)[skipped : skipped + end - self._place])
+            self._place += len(read[-1])
+        return b"".join(read)
+
+    def _piece(self, number):
+        wanted = range(number, min(number + AHEAD + 1, math.ceil(self._tar.size / PIECE)))
+        for behind in self._pieces.keys() - set(wanted):
+            self._pieces.pop(behind).cancel()
+        for n in wanted:
+            if n not in self._pieces:
+                self._pieces[n] = self._threads.submit(self._fetch, n * PIECE)
+        with s3_errors(self._bucket, self._tar.key):
+            return self._pieces[number].result()
+
+    def _fetch(self, start):
+        stop = min(start + PIECE, self._tar.size)
+        what = {"Bucket": self._bucket, "Key": self._tar.key, "Range": f"bytes={start}-{stop - 1}"}
+        deadline, attempts = time.monotonic() + self._storm, 0
+        while True:
+            attempts += 1
+            try:  # boto3 tries a request again, but not one whose body breaks off
+                data = self._client.get_object(**what, IfMatch=self._tar.etag)["Body"].read()
+                if len(data) != stop - start:
+                    raise ValueError("S3 has sent other bytes than it was asked for")
+                return data
+            except S3_RETRYABLE_DOWNLOAD_ERRORS as error:
+                if attempts >= ATTEMPTS:
+                    if time.monotonic() > deadline:
+                        raise RetriesExceededError(error) from error
+                    time.sleep(2)
 
 
-def download(bucket, key, etag=None, where=None, config=PATIENT, parts=PARTS):
-    """One object as bytes in memory (io.BytesIO); InputError if it is unreadable or has changed.
+def download(bucket, key, config=PATIENT, parts=PARTS):
+    """One object as bytes; InputError if it is unreadable, or changes meanwhile.
 
     `config` and `parts` are botocore's and s3transfer's: how long it waits, and what it tries again.
     """
     body = io.BytesIO()
     with s3_errors(bucket, key):
-        client = _client(config, **(where or s3_location()))
-        with create_transfer_manager(client, parts) as transfers:
-            get = transfers.download(bucket, key, body, subscribers=[_OnlyIf(etag)])
-        get.result()
-    return body
+        client = _client(config, **s3_location())
+        client.download_fileobj(bucket, key, body, Config=parts)
+    return body.getvalue()
 
 
 @functools.cache
 def _client(config, **where):
     return s3_resource(config, **where).meta.client
-
-
-class _OnlyIf(BaseSubscriber):
-    """Has a transfer fetch only an object that has this ETag."""
-
-    def __init__(self, etag):
-        self._etag = etag
-
-    def on_queued(self, future, **_):
-        if self._etag:
-            future.meta.provide_object_etag(self._etag)
 
 
 def read_labels(bucket, key, num_classes):
@@ -344,8 +403,7 @@ def read_labels(bucket, key, num_classes):
     Raises InputError with the line number for a line that is malformed, a label that is no integer
     or outside 0..num_classes-1, and a name that has two labels.
     """
-    data = download(bucket, key).getvalue()
-    return parse_labels(data, num_classes, f"s3://{bucket}/{one_line(key)}")
+    return parse_labels(download(bucket, key), num_classes, f"s3://{bucket}/{one_line(key)}")
 
 
 def parse_labels(data, num_classes, place):

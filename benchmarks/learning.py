@@ -18,7 +18,6 @@ and, with --log-dir, driver.py's own learning curves there, and all of them as c
 
 import argparse
 import csv
-import io
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from measuring import WORKERS, driver_network, loopback, run_apart
 
-from tests.support import save_start
+from tests.support import decode_tar, save_start
 
 HERE = Path(__file__).resolve().parent
 TRAIN, VAL = ("ILSVRC2012_img_train/", "train.txt"), ("ILSVRC2012_img_val/", "val.txt")
@@ -112,13 +111,12 @@ def read_events(folder):
 
 def decoded(folder, prefix, label_file):
     """All images of a part uint8 [n, 256, 256, 3] and their labels [n]."""
-    import decoding
     import imagenet
 
     pairs = imagenet.parse_labels((Path(folder) / label_file).read_bytes(), 1000, label_file)
     images, labels = [], []
     for tar in sorted((Path(folder) / prefix).glob("*.tar")):
-        some, names, _ = decoding.decode_tar(io.BytesIO(tar.read_bytes()), (256, 256))
+        some, names, _ = decode_tar(tar.read_bytes(), (256, 256))
         images.append(some)
         labels += [pairs[name] for name in names]
     return np.concatenate(images), np.array(labels)

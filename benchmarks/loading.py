@@ -8,6 +8,7 @@ machine's speed affects all of it. Prints medians and, in brackets, the least an
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -101,9 +102,8 @@ def resize_as_written(data):
 
 def open_tar(tar, where):
     """A tar, downloaded into memory as ours."""
-    body = imagenet.download(BUCKET, tar.key, tar.etag, where)
-    body.seek(0)
-    return tarfile.open(fileobj=body)
+    with contextlib.closing(imagenet.S3Tar(BUCKET, tar, where)) as file:
+        return tarfile.open(fileobj=io.BytesIO(file.read()))
 
 
 def load_tar_as_written(tar, where):
@@ -226,7 +226,7 @@ def resized(s3, tasks, photos, repeats):
 def load_and_time(tar, where):
     """Do what our load task does, the copy in the object store too; returns images and CPU-seconds."""
     start = time.process_time()
-    images, _, _ = imagenet.load_tarfile(BUCKET, tar, tuple(SIZE), "pixels", where)
+    images, _, _ = imagenet.load_tarfile(BUCKET, tar, 0, tuple(SIZE), "pixels", where)
     ray.put(images)
     return len(images), time.process_time() - start
 

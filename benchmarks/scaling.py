@@ -118,8 +118,7 @@ def main():
     args = parser.parse_args()
     import alexnet
 
-    shapes, size = alexnet.weight_shapes(alexnet.LAYERS, NUM_CLASSES), {"float32": 4, "bfloat16": 2}
-    one_set = size[args.precision] * sum(int(np.prod(shape)) for shape in shapes)
+    one_set = alexnet.set_bytes(alexnet.LAYERS, NUM_CLASSES, args.precision)
     print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB; a mini-batch: {CROPS / 1e6:.1f} MB")
     print(
         "Whole sets into and out of the driver's node, and of all nodes; MB of anything else; seconds"

@@ -30,7 +30,7 @@ from PIL import Image
 
 import decoding
 import imagenet
-from tests.support import draw_image, encode
+from tests.support import decode_tar, draw_image, encode
 
 SIZE = (32, 48)  # height and width that images are decoded to
 NUM_CLASSES = 10
@@ -316,9 +316,9 @@ def label_file(rnd):
 # ---- what must hold
 
 
-def check_tar(data, decode_tar=decoding.decode_tar):
+def check_tar(data, decode_tar=decode_tar):
     """Findings on a tar: decode_tar raises nothing, keeps what it must, says what it leaves out."""
-    images, names, left_out = decode_tar(io.BytesIO(data), SIZE)
+    images, names, left_out = decode_tar(data, SIZE)
     kept = [(name, digest(image)) for name, image in zip(names, images, strict=True)]
     must = intact_members(data)
     lost = Counter(pixels for _, pixels in must) - Counter(pixels for _, pixels in kept)
@@ -326,6 +326,8 @@ def check_tar(data, decode_tar=decoding.decode_tar):
     findings = [f"intact, but not kept: {number} x {what}" for what, number in lost.items()]
     if images.shape != (len(names), *SIZE, 3) or images.dtype != np.uint8:
         findings.append(f"images are {images.dtype} {images.shape}")
+    if in_parts(data) != (kept, [name for name, _ in left_out if name != decoding.ITSELF]):
+        findings.append("other images, or others left out, in parts")
     if not (names or left_out):
         findings.append("nothing is kept and nothing is left out")
     if any("/" in name or name.encode(errors="replace").decode() != name for name in names):
@@ -334,6 +336,17 @@ def check_tar(data, decode_tar=decoding.decode_tar):
         if not (isinstance(name, str) and reason.isprintable() and len(reason) < 200):
             findings.append(f"left out {name!r} because of {reason!r}")
     return findings
+
+
+def in_parts(data):
+    """A tar in parts of two images or 3,000 bytes: names with digests, and what is left out."""
+    kept, left_out, start = [], [], 0
+    while start is not None:
+        most = decoding.Part(2, 3_000)
+        images, names, some, start = decoding.decode_part(io.BytesIO(data), SIZE, "pixels", start, most)
+        kept += [(name, digest(image)) for name, image in zip(names, images, strict=True)]
+        left_out += [name for name, _ in some if name != decoding.ITSELF]
+    return kept, left_out
 
 
 ORDINARY_NAME = re.compile(r"n\d\.JPEG")  # others may come from a header that is not intact

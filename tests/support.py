@@ -89,6 +89,15 @@ def make_tar(files):
     return data.getvalue()
 
 
+def decode_tar(data, size, stored="pixels"):
+    """The bytes of a tar that is one part as images, their names, and what is left out with why."""
+    import decoding
+
+    images, names, left_out, rest = decoding.decode_part(io.BytesIO(data), size, stored)
+    assert rest is None
+    return images, names, left_out
+
+
 # ---- S3
 
 
@@ -433,13 +442,12 @@ def fingerprints(output):
 
 def contents(bucket, stored="pixels"):
     """What must be in the object store: the fingerprint of a bucket's images, each with its label."""
-    import decoding
     import imagenet
 
     labels = imagenet.read_labels(bucket, "train.txt", 10)
     pairs = []
     for tar in imagenet.list_tars(bucket, "")[0]:
-        images, names, _ = decoding.decode_tar(imagenet.download(bucket, tar.key), (256, 256), stored)
+        images, names, _ = decode_tar(imagenet.download(bucket, tar.key), (256, 256), stored)
         pairs.append(identify(images, [labels[name] for name in names]))
     return fingerprint(pairs)
 

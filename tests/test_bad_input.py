@@ -1,7 +1,6 @@
 """Each row of the table of bad input: one line on standard error, the exit status, what is kept."""
 
 import contextlib
-import io
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import uuid
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +28,7 @@ import imagenet
 import results
 from tests.support import (
     ROOT,
+    decode_tar,
     draw_image,
     encode,
     jpeg,
@@ -258,16 +259,35 @@ LEFT_OUT = {
 @pytest.mark.parametrize("content, why", LEFT_OUT.values(), ids=LEFT_OUT)
 def test_member_is_left_out_and_all_others_are_kept(content, why):
     members = {"good1.JPEG": photo(1), "bad.JPEG": content, "good2.JPEG": photo(2)}
-    images, names, left_out = decoding.decode_tar(io.BytesIO(make_tar(members)), SIZE)
+    images, names, left_out = decode_tar(make_tar(members), SIZE)
     assert names == ["good1.JPEG", "good2.JPEG"]
     assert np.array_equal(images, [decoding.decode_image(photo(seed), SIZE) for seed in (1, 2)])
     [(name, reason)] = left_out
     assert name == "bad.JPEG" and why in reason and reason.isprintable() and "0x" not in reason
 
 
+def test_a_file_too_large_for_an_image_is_left_out(tmp_path):
+    """Without reading it, and with the image after it."""
+    image, size = make_tar({"good.JPEG": photo()}), decoding.MAX_BYTES + 512
+    header = tarfile.TarInfo("large.JPEG")
+    header.size = size
+    with (tmp_path / "a.tar").open("wb+") as file:
+        file.write(header.tobuf())
+        file.truncate(512 + size)  # a hole takes no space
+        file.seek(512 + size)
+        file.write(image)
+        tracemalloc.start()
+        images, names, left_out, rest = decoding.decode_part(file, SIZE, "jpeg")
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+        tracemalloc.stop()
+        assert names == [] and left_out == [("large.JPEG", f"too large: {size} bytes")]
+        images, names, left_out, end = decoding.decode_part(file, SIZE, "jpeg", rest)
+    assert names == ["good.JPEG"] and len(images) == 1 and left_out == [] and end is None
+
+
 def test_folders_are_no_damage():
     members = {"n1": special(tarfile.DIRTYPE), "n1/a.JPEG": photo()}
-    _, names, left_out = decoding.decode_tar(io.BytesIO(make_tar(members)), SIZE)
+    _, names, left_out = decode_tar(make_tar(members), SIZE)
     assert names == ["a.JPEG"] and left_out == []
 
 
@@ -294,7 +314,7 @@ TARS = {
 
 @pytest.mark.parametrize("tar, kept, why", TARS.values(), ids=TARS)
 def test_what_is_readable_of_a_tar_is_kept(tar, kept, why):
-    images, names, left_out = decoding.decode_tar(io.BytesIO(tar), SIZE)
+    images, names, left_out = decode_tar(tar, SIZE)
     assert names == [f"{seed}.JPEG" for seed in kept]
     for seed, image in zip(kept, images, strict=True):
         assert np.array_equal(image, decoding.decode_image(photo(int(seed)), SIZE))

@@ -18,7 +18,6 @@ import tensorflow
 from PIL import Image
 
 import alexnet
-import decoding
 import driver
 import functions
 import imagenet
@@ -29,6 +28,7 @@ from tests.support import (
     ROOT,
     THIN,
     checksums,
+    decode_tar,
     jpeg,
     make_tar,
     notes,
@@ -150,7 +150,7 @@ def held_out(photos, finished):
     """All images of that run uint8 [120, 256, 256, 3], which were held out too, and their labels."""
     labels, images, y_true = imagenet.read_labels(photos, "train.txt", 10), [], []
     for tar in imagenet.list_tars(photos, "")[0]:
-        decoded, names, _ = decoding.decode_tar(imagenet.download(photos, tar.key), (256, 256))
+        decoded, names, _ = decode_tar(imagenet.download(photos, tar.key), (256, 256))
         images.append(decoded)
         y_true += [labels[name] for name in names]
     return np.concatenate(images), np.array(y_true)

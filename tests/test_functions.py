@@ -6,10 +6,12 @@ import ray
 import simplejpeg
 
 import cluster
+import decoding
 import functions
 import imagenet
 from decoding import Jpegs
 from functions import NO_LABEL, Batch
+from tests.support import draw_image, jpeg, make_tar
 
 
 def as_jpegs(images):
@@ -56,14 +58,13 @@ def test_match_drops_unlabelled_images_and_empty_batches(tasks, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
     names = [["a", "b"], ["c", "x", "d"], ["y"], []]
     pairs = ray.put(functions.LabelTable({"a": 0, "b": 1, "c": 2, "d": 3}))
-    converted = [
-        functions.Converted(*tasks.start(functions.convert, batch, pairs, num_returns=2))
-        for batch in names
+    report = {"key": "a.tar", "images": 1, "left_out": 0, "rest": None}
+    loaded = [
+        imagenet.Loaded(i, ray.put(some), ray.put(report), None)
+        for i, some in zip(images, names, strict=True)
     ]
-    reports = [ray.put({"key": "a.tar", "images": 1, "left_out": 0}) for _ in images]
-    loaded = [imagenet.Loaded(i, None, report) for i, report in zip(images, reports, strict=True)]
     said = []
-    data = functions.DataSet("b", "", "train.txt", loaded, converted, {})
+    data = functions.DataSet("b", "", "train.txt", loaded, pairs, {})
     batches = functions.match(data, said.append, tasks)
     assert [batch.count for batch in batches] == [2, 2]
     assert [ray.get(batch.labels).tolist() for batch in batches] == [[0, 1], [2, 3]]
@@ -72,6 +73,28 @@ def test_match_drops_unlabelled_images_and_empty_batches(tasks, stored):
     assert said[-2:] == [
         "2 images have no label and are left out: 'x', 'y'",
         "4 images in 2 batches",
+    ]
+
+
+@STORED
+def test_a_large_tar_is_several_batches(tasks, s3, bucket, stored):
+    """Ray's tasks load one part after the other, in the order of the tar."""
+    image, (each, _) = jpeg(draw_image(0, np.random.default_rng(0), (60, 50))), decoding.PART
+    names = [f"{number}.JPEG" for number in range(2 * each + 3)]
+    for key, some in ("a.tar", names), ("b.tar", ["b.JPEG"]):
+        s3.put_object(Bucket=bucket, Key=key, Body=make_tar(dict.fromkeys(some, image)))
+    tars, _ = imagenet.list_tars(bucket, "")
+    loaded, said = imagenet.load_tarfiles_from_s3(bucket, tars, [8, 8], tasks, stored), []
+    pairs = ray.put(functions.LabelTable({name: i % 7 for i, name in enumerate([*names, "b.JPEG"])}))
+    data = functions.DataSet(bucket, "", "train.txt", loaded, pairs, {})
+    batches = functions.match(data, said.append, tasks)
+    assert [batch.count for batch in batches] == [each, each, 3, 1]
+    labels = np.concatenate(ray.get([batch.labels for batch in batches]))
+    assert labels.tolist() == [i % 7 for i in range(2 * each + 4)]
+    assert [len(ray.get(batch.images)) for batch in batches] == [each, each, 3, 1]
+    assert said[-2:] == [
+        f"Loading: 2 of 2 tars, {2 * each + 4} images",
+        f"{2 * each + 4} images in 4 batches",
     ]
 
 

@@ -1,5 +1,6 @@
 """S3 that answers errors, resets connections, stalls, or changes: retried whole, or one line."""
 
+import contextlib
 import itertools
 import os
 from collections import Counter
@@ -7,16 +8,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import ray
-from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 import imagenet
 from tests.fault_proxy import fault_proxy
 from tests.support import draw_image, jpeg, make_tar
 
-PART = imagenet.PARTS.multipart_chunksize
-CONTENT = np.random.default_rng(0).bytes(2 * PART + 1000)  # an object of three parts
-PARTS = 3
+PIECE = imagenet.PIECE
+CONTENT = np.random.default_rng(0).bytes(2 * PIECE + 1000)  # an object of three pieces
+PIECES = 3
 
 BEFORE_THE_BODY = ["500", "503", "silent", "drop"]
 IN_THE_BODY = ["reset", "cut", "stall"]
@@ -37,25 +37,32 @@ def put(s3, bucket, content=CONTENT, key="a.tar"):
     return s3.put_object(Bucket=bucket, Key=key, Body=content)["ETag"]
 
 
-def download(bucket, etag=None, hasty=HASTY, **parts):
-    """What `imagenet.download` returns with less patience."""
-    config = imagenet.PATIENT.merge(hasty)
-    return imagenet.download(bucket, "a.tar", etag, config=config, **parts).getvalue()
+def read_tar(bucket, etag, content=CONTENT, hasty=HASTY, **storm):
+    """All bytes of a tar, which were listed as `content`, read with less patience."""
+    tar, config = imagenet.Tar("a.tar", etag, len(content)), imagenet.PATIENT.merge(hasty)
+    opened = imagenet.S3Tar(bucket, tar, imagenet.s3_location(), config, **storm)
+    with contextlib.closing(opened) as file:
+        return file.read()
+
+
+def download(bucket):
+    """All bytes of an object such as a label file."""
+    return imagenet.download(bucket, "a.tar", imagenet.PATIENT.merge(HASTY))
 
 
 # ---- faults that pass
 
 
 @pytest.mark.parametrize("fault", BEFORE_THE_BODY + IN_THE_BODY)
-def test_only_the_part_that_failed_is_fetched_again(proxy, s3, bucket, fault):
+def test_only_the_piece_that_failed_is_fetched_again(proxy, s3, bucket, fault):
     etag = put(s3, bucket)
     proxy.faults["GET", "a.tar"] = iter([None, fault])
-    assert download(bucket, etag) == CONTENT
+    assert read_tar(bucket, etag) == CONTENT
     gets = [request for request in proxy.requests if request.method == "GET"]
     [spoilt] = [request for request in gets if request.fault]
     assert spoilt.fault == fault
     fetches = Counter(request.range for request in gets)
-    assert len(fetches) == PARTS
+    assert len(fetches) == PIECES
     assert fetches == Counter(dict.fromkeys(fetches, 1) | {spoilt.range: 2})
     assert sum(request.sent for request in gets if not request.fault) == len(CONTENT)
 
@@ -64,20 +71,21 @@ def test_only_the_part_that_failed_is_fetched_again(proxy, s3, bucket, fault):
 def test_the_first_request_is_retried(proxy, s3, bucket, fault):
     etag = put(s3, bucket)
     proxy.faults["GET", "a.tar"] = iter([fault])
-    assert download(bucket, etag) == CONTENT
-    assert [request.fault for request in proxy.requests][:2] == [fault, None]
+    assert read_tar(bucket, etag) == CONTENT
+    assert Counter(request.fault for request in proxy.requests) == {fault: 1, None: PIECES}
     assert {request.method for request in proxy.requests} == {"GET"}  # no HEAD before a GET
 
 
 def test_many_faults_in_one_object(proxy, s3, bucket):
     etag = put(s3, bucket)
     proxy.faults["GET", "a.tar"] = iter(["500", "reset", "503", "drop", "cut", "500", "reset", "503"])
-    assert download(bucket, etag) == CONTENT
+    assert read_tar(bucket, etag) == CONTENT
     assert sum(request.sent for request in proxy.requests if not request.fault) == len(CONTENT)
 
 
 def test_empty_object(proxy, s3, bucket):
-    assert download(bucket, put(s3, bucket, b"")) == b""
+    assert read_tar(bucket, put(s3, bucket, b""), b"") == b""
+    assert download(bucket) == b""
 
 
 @pytest.mark.parametrize("fault", ["503", "drop", "cut"])
@@ -107,22 +115,22 @@ def test_the_estimate_is_made_in_any_case(proxy, s3, bucket, fault):
 
 
 @pytest.mark.parametrize("fault", BEFORE_THE_BODY + IN_THE_BODY)
-@pytest.mark.parametrize("content", [CONTENT, CONTENT[:1000]], ids=["parts", "one piece"])
+@pytest.mark.parametrize("content", [CONTENT, CONTENT[:1000]], ids=["pieces", "one piece"])
 def test_unreadable_object_is_given_up(proxy, s3, bucket, fault, content):
     hasty = Config(read_timeout=0.2, retries={"mode": "standard", "total_max_attempts": 2})
-    put(s3, bucket, content)
+    etag = put(s3, bucket, content)
     proxy.faults["GET", "a.tar"] = itertools.repeat(fault)
     with pytest.raises(imagenet.InputError) as caught:
-        download(bucket, hasty=hasty, parts=TransferConfig(PART, num_download_attempts=3))
+        read_tar(bucket, etag, content, hasty, storm=0)
     assert str(caught.value).startswith(f"s3://{bucket}/a.tar: ") and str(caught.value).isprintable()
     fetches = Counter(request.range for request in proxy.requests if request.method == "GET")
-    assert 2 <= max(fetches.values()) <= 2 * 3
+    assert 2 <= max(fetches.values()) <= 2 * imagenet.ATTEMPTS
 
 
 def test_a_stall_is_given_up_within_a_quarter_of_an_hour():
     """By imagenet's own limits, of which the test above has shown that both hold."""
     patience = imagenet.PATIENT
-    attempts = patience.retries["total_max_attempts"] * imagenet.PARTS.num_download_attempts
+    attempts = patience.retries["total_max_attempts"] * imagenet.ATTEMPTS
     assert attempts * max(patience.connect_timeout, patience.read_timeout) <= 15 * 60
 
 
@@ -132,23 +140,34 @@ def test_a_stall_is_given_up_within_a_quarter_of_an_hour():
 CHANGED = "has changed since it was listed: start again with the new data"
 
 
-@pytest.mark.parametrize("content", [CONTENT, b"old"], ids=["parts", "one piece"])
+@pytest.mark.parametrize("content", [CONTENT, b"old"], ids=["pieces", "one piece"])
 def test_object_that_changed_after_it_was_listed(proxy, s3, bucket, content):
     old = put(s3, bucket, content)
     assert imagenet.list_tars(bucket, "") == ([imagenet.Tar("a.tar", old, len(content))], 0)
     put(s3, bucket, content[::-1])
     with pytest.raises(imagenet.InputError) as caught:
-        download(bucket, old)
+        read_tar(bucket, old, content)
     assert str(caught.value) == f"s3://{bucket}/a.tar: {CHANGED}"
 
 
-@pytest.mark.parametrize("etag", ["listed", None])
-def test_object_that_changes_while_it_is_fetched(proxy, s3, bucket, etag):
+def test_object_that_changes_while_it_is_fetched(proxy, s3, bucket):
     """After its first part: parts of both are never mixed."""
-    old = put(s3, bucket)
+    put(s3, bucket)
     proxy.faults["GET", "a.tar"] = iter([lambda: put(s3, bucket, CONTENT[::-1])])
     with pytest.raises(imagenet.InputError) as caught:
-        download(bucket, etag and old)
+        download(bucket)
+    assert str(caught.value) == f"s3://{bucket}/a.tar: {CHANGED}"
+
+
+def test_tar_that_changes_while_it_is_read(s3, bucket):
+    """Beyond the pieces that were fetched ahead of time."""
+    size = (imagenet.AHEAD + 2) * PIECE
+    tar = imagenet.Tar("a.tar", put(s3, bucket, bytes(size)), size)
+    with contextlib.closing(imagenet.S3Tar(bucket, tar, imagenet.s3_location())) as file:
+        assert file.read(1) == b"\0"
+        put(s3, bucket, b"\1" * size)
+        with pytest.raises(imagenet.InputError) as caught:
+            file.read()
     assert str(caught.value) == f"s3://{bucket}/a.tar: {CHANGED}"
 
 
@@ -159,15 +178,15 @@ def tar(number):
     rng = np.random.default_rng(number)
     names = [f"n{number}_{i}.JPEG" for i in range(3)]
     files = {name: jpeg(draw_image(number, rng, (100, 80))) for name in names}
-    return make_tar(files | {"not an image": rng.bytes(PART)})
+    return make_tar(files | {"not an image": rng.bytes(PIECE)})
 
 
 def load(bucket, said, tasks):
     """Load what is listed, as driver.py does; the names of all images."""
     tars, _ = imagenet.list_tars(bucket, "")
     loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [64, 64], tasks)
-    imagenet.report_loading(bucket, [tar.report for tar in loaded], said.append)
-    return sorted(name for tar in loaded for name in ray.get(tar.filenames))
+    parts = imagenet.report_loading(bucket, loaded, said.append)
+    return sorted(name for tar in parts for name in ray.get(tar.filenames))
 
 
 @pytest.fixture
@@ -197,7 +216,7 @@ def test_a_load_with_an_unreadable_tar_ends_with_its_name(tars, tasks, proxy, bu
 
 
 def test_a_load_ends_if_a_tar_changes(tars, tasks, proxy, s3, bucket):
-    proxy.faults["GET", "3.tar"] = iter([lambda: put(s3, bucket, b"new", "3.tar")])
+    proxy.faults["GET", bucket] = iter([lambda: put(s3, bucket, b"new", "3.tar")])  # once it is listed
     with pytest.raises(imagenet.InputError) as caught:
         load(bucket, [], tasks)
     assert str(caught.value).startswith(f"s3://{bucket}/3.tar") and " changed " in str(caught.value)
