@@ -277,9 +277,9 @@ def peak_memory(tars):
     while not start:  # the worker may end before it is looked at
         start = measuring.private_memory(ray.get(idle.remote()))
     tasks = data_tasks()
-    [(images, _, _)] = imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks)
+    [tar] = imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks)
     peak = start
-    while not ray.wait([images], timeout=0.01, fetch_local=False)[0]:
+    while not ray.wait([tar.images], timeout=0.01, fetch_local=False)[0]:
         peak = max(peak, *map(measuring.private_memory, measuring.ray_workers()))
     ray.shutdown()
     return peak - start

@@ -2,11 +2,14 @@
 
     python benchmarks/scaling.py [--nodes 1 2 4 8] [--workers 2] [--iterations 20]
     python benchmarks/scaling.py --nodes 1 --workers 2 4 8 16 [--precision bfloat16]
+    python benchmarks/scaling.py --nodes 1 --workers 16 32 64 --thin
 
 driver.py itself, on several Ray nodes of some workers each on this machine; its workers return arrays
 of the gradients' real size without computing them. Bytes are counted by Ray's object managers. After
 each iteration the driver stands still until their counters do. Weights and gradients are sets of 16
 arrays of one size, so almost all bytes are whole sets; the rest is mini-batches and small objects.
+With --thin, the network is tiny, a mini-batch is one image, and accuracies are measured as ever: what
+is left of an iteration is its calls and waits.
 """
 
 import argparse
@@ -22,13 +25,13 @@ from measuring import NUM_CLASSES, WORKERS, loopback, run_apart, spread, watch
 from ray.cluster_utils import Cluster
 
 import functions
-from tests.support import fill_bucket
+from tests.support import THIN, fill_bucket
 
-MINI_BATCH = 20
+MINI_BATCH = 20  # images: 3 MB
 WARM_UP = 3  # iterations
 SPARE = 4  # sets that fit into a node's object store beside those of its workers
+LEAST_STORE = 500 * 2**20  # bytes
 SETTLED = 1.5  # seconds without a change, after which counters are final
-CROPS = MINI_BATCH * 224 * 224 * 3  # bytes of a mini-batch
 
 
 @ray.remote
@@ -75,21 +78,26 @@ def settled_counters():
     return last
 
 
-def measure(nodes, workers, precision, one_set, iterations):
+def measure(nodes, workers, precision, one_set, thin, iterations):
     """Run driver.py on so many nodes of so many workers; returns the number of the driver's node, and
     of each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]."""
     import cluster
     import driver
 
-    driver.NUM_WORKERS, driver.MINI_BATCH, driver.ACCURACY_EVERY = workers * nodes, MINI_BATCH, 10**9
-    driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = precision, 0.0, 0.0
+    driver.NUM_WORKERS, driver.PRECISION = workers * nodes, precision
+    driver.LEARNING_RATE, driver.WEIGHT_DECAY = 0.0, 0.0
+    if thin:
+        driver.LAYERS, driver.MINI_BATCH = THIN, 1
+    else:
+        driver.MINI_BATCH, driver.ACCURACY_EVERY = MINI_BATCH, 10**9
     seconds, counts = [], []
 
     def stand_still(phases):
         seconds.append(phases)
         counts.append(settled_counters())
 
-    size = {"num_cpus": workers, "object_store_memory": int(1.2 * (workers + SPARE) * one_set)}
+    store = int(1.2 * (workers + SPARE) * one_set)
+    size = {"num_cpus": workers, "object_store_memory": max(store, LEAST_STORE)}
     with loopback() as s3:
         fill_bucket(s3, "scaling", images_per_class=60)
         quick = {"metrics_report_interval_ms": 500}
@@ -114,18 +122,19 @@ def main():
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--workers", type=int, nargs="+", default=[WORKERS], help="of a node")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--thin", action="store_true", help="calls and waits alone")
     parser.add_argument("--iterations", type=int, default=20)
     args = parser.parse_args()
     import alexnet
 
-    one_set = alexnet.set_bytes(alexnet.LAYERS, NUM_CLASSES, args.precision)
-    print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB; a mini-batch: {CROPS / 1e6:.1f} MB")
+    one_set = alexnet.set_bytes(THIN if args.thin else alexnet.LAYERS, NUM_CLASSES, args.precision)
+    print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB")
     print(
         "Whole sets into and out of the driver's node, and of all nodes; MB of anything else; seconds"
     )
     print("nodes workers   into  out of    all  else, MB            an iteration  of it, by phase")
     for nodes, workers in itertools.product(args.nodes, args.workers):
-        what = nodes, workers, args.precision, one_set, args.iterations
+        what = nodes, workers, args.precision, one_set, args.thin, args.iterations
         head, seconds, moved = run_apart(measure, *what)
         into, out, everything = moved[:, head, 0], moved[:, head, 1], moved[:, :, 0].sum(axis=1)
         sets = [np.median(values // one_set) for values in (into, out, everything)]
