@@ -20,9 +20,8 @@ from imagenet import PATIENCE, InputError
 from watching import waits
 
 SLICES_LEFT_FREE = 2  # of the CPUs that a worker uses, for data tasks and a helper beside it
-
 SIGNALS = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
-
+MOMENT = 0.001  # seconds in which answers are taken together
 VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
 
 # A call of a worker's method, which returns so many values. It is sent once the Drawn mini-batch, which
@@ -292,10 +291,11 @@ class Workers:
             if not self._up:
                 self._wait_for_one()
             unready = self._send_ready(requests, waiting, running)
-            ended, _ = ray.wait([*running, *unready], timeout=SIGNALS, fetch_local=False)
-            now = time.monotonic()
-            if ended:
-                moved = said = now
+            refs, now = [*running, *unready], time.monotonic()
+            done, _ = ray.wait(refs, timeout=SIGNALS, fetch_local=False)
+            if done:  # take all that have ended: a look at every worker after each would be quadratic
+                done, _ = ray.wait(refs, num_returns=len(refs), timeout=MOMENT, fetch_local=False)
+                moved = said = now = time.monotonic()
             if now - said > PATIENCE:
                 what = f"{len(running)} workers that compute" if running else "images to be read again"
                 self._report.say(f"Iteration {self._weights[0]} waits for {what}")
@@ -303,6 +303,7 @@ class Workers:
             if not running and now - moved > self._timeout:
                 self._helpers.restart_hung()
                 moved = now
+            ended = set(done)
             over = self._over(running, ended)
             for ref in [ref for ref in running if ref in ended or ref in over]:
                 run = running.pop(ref)
