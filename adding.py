@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 from ml_dtypes import bfloat16
 
-BLOCK = 2**19  # floats of which a norm is taken at once: the bits of a norm depend on it
-CACHED = 2**17  # floats that are added at once: a few such blocks stay in the cache of a core
+BLOCK = 2**19  # floats that are added at once, in a core's cache: the bits of a norm depend on it
 
 
 def tree_of(count):
@@ -122,22 +121,16 @@ def _in_threads(one_block, arrays):
 
 def _add_up(tree, sets, out):
     """The sum of some sets' blocks in the order of a tree: in `out`, or a set itself if it is all."""
-    if tree in sets:
-        return as_float32(sets[tree], out)
-    spare = np.empty((_depth(tree), CACHED), np.float32)
-    for start in range(0, out.size, CACHED):
-        part = slice(start, start + CACHED)
-        rows = [out[part], *(row[: out[part].size] for row in spare)]
-        _sum_of_part(tree, sets, part, rows)
-    return out
+    rows = [out, *np.empty((_depth(tree), out.size), np.float32)]
+    return _sum_of_tree(tree, sets, rows)
 
 
-def _sum_of_part(tree, sets, part, rows):
-    """The sum of a part of some blocks: in the first of `rows`, or a set's own float32."""
+def _sum_of_tree(tree, sets, rows):
+    """The same, in the first of `rows`; each level of the tree has a row."""
     if tree in sets:
-        return as_float32(sets[tree][part], rows[0])
-    first = _sum_of_part(tree[0], sets, part, rows)
-    second = _sum_of_part(tree[1], sets, part, rows[1:])
+        return as_float32(sets[tree], rows[0])
+    first = _sum_of_tree(tree[0], sets, rows)
+    second = _sum_of_tree(tree[1], sets, rows[1:])
     return np.add(first, second, out=rows[0])
 
 

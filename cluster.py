@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import watching
 from adding import leaves, share_out
-from functions import CPU_SLICE, TASK_MEMORY, Helper, multiplies_bfloat16, random_batch
+from functions import CPU_SLICE, TASK_MEMORY, Helper, multiplies_bfloat16, random_batches
 from imagenet import PATIENCE
 
 # What runs on other nodes, too.
@@ -328,14 +328,13 @@ class Drawn:
 
     def __init__(self, helpers, method, batch, *arguments):
         """Name the helper's method, and its arguments after the batch; nothing is drawn yet."""
-        self._helpers, self._method, self._batch, self._arguments = helpers, method, batch, arguments
-        self._ref = None
+        self._helpers, self._method, self._batch = helpers, method, batch
+        self._arguments, self._ref = arguments, None
 
-    def ref(self):
-        """The reference of the mini-batch, which the first call has drawn."""
+    def ref(self, helper=None):
+        """The reference of the mini-batch, which the first call has drawn: by `helper`, if given."""
         if self._ref is None:
-            helper = self._helpers.holding(self._batch.images)
-            draw = getattr(helper, self._method)
+            draw = getattr(helper or self._helpers.holding([self._batch])[0], self._method)
             self._ref = draw.remote(self._batch.images, self._batch.labels, *self._arguments)
         return self._ref
 
@@ -353,10 +352,10 @@ class Helpers:
         self._on = {}  # node id -> Helper
         self._starts = {}  # node id -> reference of the id of its process, and when it was started
 
-    def holding(self, ref):
-        """The Helper on a node that holds an object, or on this node if Ray knows of none."""
-        places = get_object_locations([ref])[ref]["node_ids"]
-        return self.on((*places, self.here)[0])
+    def holding(self, batches):
+        """For each batch the Helper on a node that holds it, or on this one if Ray knows of none."""
+        places = get_object_locations([batch.images for batch in batches])
+        return [self.on((*places[batch.images]["node_ids"], self.here)[0]) for batch in batches]
 
     def on(self, node):
         """The helper on a node."""
@@ -396,17 +395,19 @@ class Helpers:
 
     def draw_minibatches(self, batches, size, count, seed, iteration):
         """An iteration's `count` Drawn mini-batches, each `size` images of a random batch."""
-        drawn = []
-        for index in range(count):
-            batch = random_batch(batches, seed, "batch", iteration, index)
-            key = seed, "crop", iteration, index
-            drawn.append(Drawn(self, "draw_minibatch", batch, size, key))
-            drawn[-1].ref()  # now, ahead of time
+        chosen = random_batches(batches, [(seed, "batch", iteration, i) for i in range(count)])
+        drawn = [
+            Drawn(self, "draw_minibatch", batch, size, (seed, "crop", iteration, index))
+            for index, batch in enumerate(chosen)
+        ]
+        for minibatch, helper in zip(drawn, self.holding(chosen), strict=True):
+            minibatch.ref(helper)  # now, ahead of time
         return drawn
 
     def draw_sample(self, batches, size, seed, iteration):
         """A Drawn mini-batch of at most `size` images of a random batch, for an accuracy."""
-        return Drawn(self, "draw_sample", random_batch(batches, seed, "accuracy", iteration), size)
+        [batch] = random_batches(batches, [(seed, "accuracy", iteration)])
+        return Drawn(self, "draw_sample", batch, size)
 
     def draw_piece(self, batch, start, stop):
         """A Drawn mini-batch of the images `start` to `stop` of a batch, to validate on."""
@@ -420,8 +421,7 @@ class Helpers:
         the time, to 7 over faster ones 1.07 [0.68..1.19] (`benchmarks/links.py`). Returns a dict of
         node -> reference that resolves once the object is there; None for this node.
         """
-        arrived, before = {self.here: None}, []
-        rest = [node for node in nodes if node != self.here]
+        arrived, before, rest = {self.here: None}, [], [node for node in nodes if node != self.here]
         while rest:
             now, rest = rest[: len(arrived)], rest[len(arrived) :]
             before = [self.on(node).fetch.remote([ref], *before) for node in now]

@@ -245,10 +245,11 @@ def add(a, b):
 # ---- mini-batches
 
 
-def random_batch(batches, *key):
-    """One of the batches, as likely as it is large, so that every image is equally likely."""
+def random_batches(batches, keys):
+    """One of the batches for each key, as likely as it is large: every image is equally likely."""
     sizes = np.array([batch.count for batch in batches])
-    return batches[generator(*key).choice(len(batches), p=sizes / sizes.sum())]
+    shares = sizes / sizes.sum()
+    return [batches[generator(*key).choice(len(batches), p=shares)] for key in keys]
 
 
 def centre_minibatch(images, labels, chosen):

@@ -118,10 +118,14 @@ def ask(question, gone):
         return gone
 
 
-def ray_workers():
-    """Ids of the Ray worker processes that this process has started."""
+def ray_workers(besides=()):
+    """Ids of the Ray processes that this process has started, besides actors of some classes."""
     processes = ask(partial(psutil.Process().children, recursive=True), [])
-    return [process.pid for process in processes if ask(process.name, "").startswith("ray::")]
+    names = {process.pid: ask(process.name, "") for process in processes}
+    others = tuple(f"ray::{name}" for name in besides)
+    return [
+        pid for pid, name in names.items() if name.startswith("ray::") and not name.startswith(others)
+    ]
 
 
 def private_memory(pid):

@@ -1,16 +1,22 @@
 """A tenth of ImageNet from the command to the first iteration, with images stored in each form.
 
     python benchmarks/whole.py FOLDER [--tars 100] [--images 1300] [--rounds 7] [--forms jpeg pixels]
+    python benchmarks/whole.py FOLDER --tars 1 --images 90000   # one tar of 10 GB
+    sudo python benchmarks/whole.py FOLDER --tars 10 --store 320 --cold --iterations 20
 
-FOLDER is laid out like the bucket: tars of photos below ILSVRC2012_img_train/. Ten tars are made of its
-photos, each of so many images, and an S3 server on loopback shows them under as many keys as --tars
-says. driver.py runs for two iterations, as a user starts it but for its form and rounds.
+FOLDER is laid out like the bucket: tars of photos below ILSVRC2012_img_train/. Up to ten tars are made
+of its photos, each of so many images, and an S3 server on loopback shows them under as many keys as
+--tars says. driver.py runs for some iterations, as a user starts it but for its form and rounds. With
+--store, the object store has so many MB; with --cold, the page cache is dropped every second.
 """
 
 import argparse
+import io
 import os
 import re
+import statistics
 import tarfile
+import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,15 +24,13 @@ from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import escape
 
-from measuring import private_memory, run_apart
+from measuring import private_memory, ray_workers, run_apart
 
-from tests.support import make_tar
-
-BUCKET, TARS = "whole", 10  # different ones
+BUCKET, TARS = "whole", 10  # different ones, on disk
 
 
 class Aliases(ThreadingHTTPServer):
-    """An S3 server that only lists and reads: a dict of key -> (bytes, ETag) in one bucket."""
+    """An S3 server that only lists and reads: a dict of key -> (path, ETag) in one bucket."""
 
     daemon_threads = True
 
@@ -51,19 +55,22 @@ class _Handler(BaseHTTPRequestHandler):
         elif key not in self.server.objects:
             self._send(404, b"", {})
         else:
-            body, etag = self.server.objects[key]
-            status, headers = 200, {"ETag": etag, "Accept-Ranges": "bytes"}
+            path, etag = self.server.objects[key]
+            status, size, headers = 200, path.stat().st_size, {"ETag": etag, "Accept-Ranges": "bytes"}
+            first, last = 0, size - 1
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-                first, last = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
-                headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
-                status, body = 206, memoryview(body)[first : last + 1]
-            self._send(status, body, headers)
+                first, last = int(wanted[1]), min(int(wanted[2] or size), size - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+                status = 206
+            with path.open("rb") as file:
+                file.seek(first)
+                self._send(status, file.read(last + 1 - first), headers)
 
     def _listing(self, prefix):
         rows = [
-            f"<Contents><Key>{escape(key)}</Key><ETag>{escape(etag)}</ETag><Size>{len(body)}</Size>"
+            f"<Contents><Key>{escape(key)}</Key><ETag>{escape(etag)}</ETag><Size>{path.stat().st_size}</Size>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-            for key, (body, etag) in sorted(self.server.objects.items())
+            for key, (path, etag) in sorted(self.server.objects.items())
             if key.startswith(prefix)
         ]
         name = f"<Name>{BUCKET}</Name><IsTruncated>false</IsTruncated>"
@@ -81,28 +88,36 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def make_objects(folder, tars, images):
-    """What the server shows: the tars and their labels."""
+def make_objects(folder, tars, images, place):
+    """What the server shows, the tars and their labels, as files in the folder `place`."""
     photos = []
     for path in sorted(Path(folder, "ILSVRC2012_img_train").glob("*.tar")):
         with tarfile.open(path) as tar:
             photos += [tar.extractfile(member).read() for member in tar if member.isreg()]
     objects, lines = {}, []
-    for number in range(TARS):
-        names = [f"n{number:08}_{i}.JPEG" for i in range(images)]
-        some = {name: photos[(number * images + i) % len(photos)] for i, name in enumerate(names)}
-        body = make_tar(some)
+    for number in range(min(TARS, tars)):
+        path = place / f"{number}.tar"
+        with tarfile.open(path, "w") as tar:
+            for i in range(images):
+                photo, info = photos[(number * images + i) % len(photos)], tarfile.TarInfo()
+                info.name, info.size = f"n{number:08}_{i}.JPEG", len(photo)
+                tar.addfile(info, io.BytesIO(photo))
+                lines.append(f"x/{info.name} {number}")
         objects |= {
-            f"ILSVRC2012_img_train/n{alias:08}.tar": (body, f'"{number:032x}"')
+            f"ILSVRC2012_img_train/n{alias:08}.tar": (path, f'"{number:032x}"')
             for alias in range(number, tars, TARS)
         }
-        lines += [f"x/{name} {number}" for name in names]
-    return objects | {"train.txt": ("\n".join(lines).encode(), f'"{"f" * 32}"')}
+    labels = place / "train.txt"
+    labels.write_text("\n".join(lines))
+    return objects | {"train.txt": (labels, f'"{"f" * 32}"')}
 
 
-def drive(url, form, rounds):
-    """Run driver.py; returns a dict of moment -> seconds since its start, and what it took."""
-    start, moments = time.monotonic(), {}
+def drive(url, form, rounds, iterations, store, cold):
+    """Run driver.py; returns a dict of moment -> seconds since its start, and what it took.
+
+    The first iteration computes; its end is that of loading, labelling and shuffling, and one step.
+    """
+    start, moments = time.monotonic(), {"MB of a task": 0, "MB of the driver": 0}
     import ray
 
     import driver
@@ -117,18 +132,44 @@ def drive(url, form, rounds):
 
         def iteration(self, iteration, *numbers):
             super().iteration(iteration, *numbers)
-            moments.setdefault("first iteration", time.monotonic() - start)
-            moments["driver's MB"] = private_memory(os.getpid())
+            now = time.monotonic() - start
+            if "first iteration" in moments:
+                speeds.append(numbers[1] / (now - moments["last iteration"]))
+                moments["images/s"] = statistics.median(speeds)
+            moments.setdefault("first iteration", now)
+            moments["last iteration"] = now
             moments["MB spilled"] = spilled()
+
+    def watch_memory():
+        while True:
+            note("MB of the driver", [os.getpid()])
+            if "first iteration" not in moments:
+                note("MB of a task", ray_workers(["Worker"]))
+            time.sleep(1)
+
+    def note(what, pids):
+        moments[what] = max([moments[what], *map(private_memory, pids)])
+
+    def drop_caches():
+        while True:
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+            time.sleep(1)
 
     def spilled():
         text = ray._private.internal_api.memory_summary(stats_only=True)
         return sum(map(int, re.findall(r"Spilled (\d+) MiB", text)))
 
     settings = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", "RAY_ADDRESS": "local"}
+    if store:
+        os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(store * 10**6)
     os.environ.update(settings, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
     driver.STORED, driver.SHUFFLE_ROUNDS = form, rounds
-    flags = ["--s3-bucket", BUCKET, "--key-prefix", "ILSVRC2012_img_train/", "--iterations", "2"]
+    speeds = []
+    Thread(target=watch_memory, daemon=True).start()
+    if cold:
+        Thread(target=drop_caches, daemon=True).start()
+    limit = ["--iterations", str(iterations)]
+    flags = ["--s3-bucket", BUCKET, "--key-prefix", "ILSVRC2012_img_train/", *limit]
     if status := driver.main(flags, report=Noted()):
         raise RuntimeError(f"driver.py ended with {status}")
     return moments
@@ -142,12 +183,16 @@ def main():
     parser.add_argument("--images", type=int, default=1300, help="of a tar")
     parser.add_argument("--rounds", type=int, default=7, help="of the shuffle")
     parser.add_argument("--forms", nargs="+", default=["jpeg", "pixels"], choices=["jpeg", "pixels"])
+    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--store", type=int, help="MB of the object store")
+    parser.add_argument("--cold", action="store_true", help="drop the page cache every second")
     args = parser.parse_args()
-    objects = make_objects(args.folder, args.tars, args.images)
-    server = Aliases(objects)
-    for form in args.forms:
-        moments = run_apart(drive, server.url, form, args.rounds)
-        print(form, ", ".join(f"{what} {value:.1f}" for what, value in moments.items()), flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        server = Aliases(make_objects(args.folder, args.tars, args.images, Path(place)))
+        for form in args.forms:
+            what = form, args.rounds, args.iterations, args.store, args.cold
+            moments = run_apart(drive, server.url, *what)
+            print(form, ", ".join(f"{k} {value:.1f}" for k, value in moments.items()), flush=True)
 
 
 if __name__ == "__main__":

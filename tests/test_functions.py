@@ -205,7 +205,8 @@ def test_every_crop_can_occur_at_the_edges(one_ray):
 
 def test_random_batch_is_as_likely_as_it_is_large():
     batches = [Batch(None, None, 10), Batch(None, None, 90)]
-    drawn = [functions.random_batch(batches, 0, "batch", i).count for i in range(1000)]
+    keys = [(0, "batch", i) for i in range(1000)]
+    drawn = [batch.count for batch in functions.random_batches(batches, keys)]
     assert 70 < drawn.count(10) < 130
 
 
