@@ -177,10 +177,11 @@ def form_of_images(bucket, tars, before, mini_batches, one_set, say):
     `one_set` is the bytes of a set of weights or of a mini-batch's gradients.
     """
     images = imagenet.estimate_images(bucket, tars)
-    batch = imagenet.STORED_BYTES["pixels"] * min(images / len(tars), decoding.PART.images)
-    room = cluster.room_for_images(mini_batches, one_set, batch)
-    stored = STORED or before or imagenet.form_that_fits(images, room)
-    say(imagenet.memory_needed(images, stored, room))
+    in_batch = min(images / len(tars), decoding.PART.images)
+    batches = {form: in_batch * size for form, size in imagenet.STORED_BYTES.items()}
+    room = {f: cluster.room_for_images(mini_batches, one_set, batch) for f, batch in batches.items()}
+    stored = STORED or before or imagenet.form_that_fits(images, room["pixels"])
+    say(imagenet.memory_needed(images, stored, room[stored]))
     return stored
 
 

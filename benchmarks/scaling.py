@@ -3,13 +3,15 @@
     python benchmarks/scaling.py [--nodes 1 2 4 8] [--workers 2] [--iterations 20]
     python benchmarks/scaling.py --nodes 1 --workers 2 4 8 16 [--precision bfloat16]
     python benchmarks/scaling.py --nodes 1 --workers 16 32 64 --thin
+    python benchmarks/scaling.py --nodes 1 --workers 8 --cpus 2 --compute
 
 driver.py itself, on several Ray nodes of some workers each on this machine; its workers return arrays
 of the gradients' real size without computing them. Bytes are counted by Ray's object managers. After
 each iteration the driver stands still until their counters do. Weights and gradients are sets of 16
 arrays of one size, so almost all bytes are whole sets; the rest is mini-batches and small objects.
 With --thin, the network is tiny, a mini-batch is one image, and accuracies are measured as ever: what
-is left of an iteration is its calls and waits.
+is left of an iteration is its calls and waits. With --compute, the workers are those of driver.py, of
+--cpus CPUs each: what is the speed, and how much memory has a worker of its own?
 """
 
 import argparse
@@ -21,14 +23,23 @@ import urllib.request
 
 import numpy as np
 import ray
-from measuring import NUM_CLASSES, WORKERS, loopback, run_apart, spread, watch
+from measuring import (
+    NUM_CLASSES,
+    WORKERS,
+    loopback,
+    private_memory,
+    ray_workers,
+    run_apart,
+    spread,
+    watch,
+)
 from ray.cluster_utils import Cluster
 
 import functions
 from tests.support import THIN, fill_bucket
 
 MINI_BATCH = 20  # images: 3 MB
-WARM_UP = 3  # iterations
+WARM_UP = 3  # iterations; without computing, one more for each set that the object store has room for
 SPARE = 4  # sets that fit into a node's object store beside those of its workers
 LEAST_STORE = 500 * 2**20  # bytes
 SETTLED = 1.5  # seconds without a change, after which counters are final
@@ -78,26 +89,32 @@ def settled_counters():
     return last
 
 
-def measure(nodes, workers, precision, one_set, thin, iterations):
-    """Run driver.py on so many nodes of so many workers; returns the number of the driver's node, and
-    of each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]."""
+def measure(nodes, workers, one_set, args):
+    """Run driver.py on so many nodes of so many workers; returns the number of the driver's node; of
+    each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]; and the MB of
+    memory that a worker has."""
     import cluster
     import driver
 
-    driver.NUM_WORKERS, driver.PRECISION = workers * nodes, precision
-    driver.LEARNING_RATE, driver.WEIGHT_DECAY = 0.0, 0.0
-    if thin:
+    driver.NUM_WORKERS, driver.CPUS_PER_WORKER = workers * nodes, args.cpus
+    driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = args.precision, 0.0, 0.0
+    if args.thin:
         driver.LAYERS, driver.MINI_BATCH = THIN, 1
     else:
         driver.MINI_BATCH, driver.ACCURACY_EVERY = MINI_BATCH, 10**9
-    seconds, counts = [], []
+    seconds, counts, memory = [], [], []
+    # A worker maps the pages of the object store one by one, when it first writes to them.
+    warm_up = WARM_UP + (0 if args.compute or args.thin else workers + SPARE)
 
     def stand_still(phases):
         seconds.append(phases)
-        counts.append(settled_counters())
+        counts.append(settled_counters() if nodes > 1 else np.zeros((1, 2)))
+        if len(seconds) == warm_up:
+            others = set(ray_workers(["Worker"]))
+            memory.extend(private_memory(pid) for pid in set(ray_workers()) - others)
 
     store = int(1.2 * (workers + SPARE) * one_set)
-    size = {"num_cpus": workers, "object_store_memory": max(store, LEAST_STORE)}
+    size = {"num_cpus": workers * args.cpus, "object_store_memory": max(store, LEAST_STORE)}
     with loopback() as s3:
         fill_bucket(s3, "scaling", images_per_class=60)
         quick = {"metrics_report_interval_ms": 500}
@@ -107,13 +124,15 @@ def measure(nodes, workers, precision, one_set, thin, iterations):
         os.environ["RAY_ADDRESS"] = machines.address
         cluster.connect()
         head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
-        flags = ["--s3-bucket", "scaling", "--iterations", str(WARM_UP + iterations)]
-        status = driver.main(flags, report=watch(stand_still), actor=Returner)
+        flags = ["--s3-bucket", "scaling", "--iterations", str(warm_up + args.iterations)]
+        actor = functions.Worker if args.compute else Returner
+        status = driver.main(flags, report=watch(stand_still), actor=actor)
         ray.shutdown()
         machines.shutdown()
     if status:
         raise RuntimeError(f"driver.py ended with {status}")
-    return head, seconds[-iterations:], np.diff(counts, axis=0)[-iterations:]
+    moved = np.diff(counts, axis=0)[-args.iterations :]
+    return head, seconds[-args.iterations :], moved, max(memory, default=0)
 
 
 def main():
@@ -123,6 +142,8 @@ def main():
     parser.add_argument("--workers", type=int, nargs="+", default=[WORKERS], help="of a node")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--thin", action="store_true", help="calls and waits alone")
+    parser.add_argument("--compute", action="store_true", help="workers that compute")
+    parser.add_argument("--cpus", type=int, default=1, help="of a worker")
     parser.add_argument("--iterations", type=int, default=20)
     args = parser.parse_args()
     import alexnet
@@ -134,8 +155,7 @@ def main():
     )
     print("nodes workers   into  out of    all  else, MB            an iteration  of it, by phase")
     for nodes, workers in itertools.product(args.nodes, args.workers):
-        what = nodes, workers, args.precision, one_set, args.thin, args.iterations
-        head, seconds, moved = run_apart(measure, *what)
+        head, seconds, moved, memory = run_apart(measure, nodes, workers, one_set, args)
         into, out, everything = moved[:, head, 0], moved[:, head, 1], moved[:, :, 0].sum(axis=1)
         sets = [np.median(values // one_set) for values in (into, out, everything)]
         rest, taken = np.median(everything % one_set) / 1e6, [sum(p.values()) for p in seconds]
@@ -143,6 +163,11 @@ def main():
         row = "{:5} {:7} {:6.0f} {:7.0f} {:6.0f} {:9.1f}".format(nodes, workers, *sets, rest)
         by_phase = ", ".join(f"{phase} {value:.3f}" for phase, value in phases.items())
         print(f"{row} {spread(taken, '.2f'):>23}  {by_phase}", flush=True)
+        if args.compute:
+            speeds = [nodes * workers * MINI_BATCH / value for value in taken]
+            print(
+                f"{spread(speeds, '.1f')} images/s, a worker has {memory:.0f} MB of its own", flush=True
+            )
 
 
 if __name__ == "__main__":
