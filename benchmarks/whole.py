@@ -119,6 +119,7 @@ def drive(url, form, rounds, iterations, store, cold):
     """
     start, moments = time.monotonic(), {"MB of a task": 0, "MB of the driver": 0}
     import ray
+    from ray._private.internal_api import memory_summary  # what `ray memory --stats-only` prints
 
     import driver
     from results import Report
@@ -156,7 +157,7 @@ def drive(url, form, rounds, iterations, store, cold):
             time.sleep(1)
 
     def spilled():
-        text = ray._private.internal_api.memory_summary(stats_only=True)
+        text = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
         return sum(map(int, re.findall(r"Spilled (\d+) MiB", text)))
 
     settings = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", "RAY_ADDRESS": "local"}
