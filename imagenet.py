@@ -334,8 +334,8 @@ class S3Tar:
         self._pieces, self._threads = {}, ThreadPoolExecutor(AHEAD)  # number -> Future of its bytes
 
     def close(self):
-        """Fetch nothing more."""
-        self._threads.shutdown(cancel_futures=True)
+        """Begin to fetch nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def seek(self, offset, whence=io.SEEK_SET):
         """Go to a byte, and return its number."""
@@ -380,15 +380,14 @@ class S3Tar:
                     time.sleep(2)
 
 
-def download(bucket, key, config=PATIENT, parts=PARTS):
+def download(bucket, key, config=PATIENT):
     """One object as bytes; InputError if it is unreadable, or changes meanwhile.
 
-    `config` and `parts` are botocore's and s3transfer's: how long it waits, and what it tries again.
+    `config` is botocore's: how long it waits, and what it tries again.
     """
     body = io.BytesIO()
     with s3_errors(bucket, key):
-        client = _client(config, **s3_location())
-        client.download_fileobj(bucket, key, body, Config=parts)
+        _client(config, **s3_location()).download_fileobj(bucket, key, body, Config=PARTS)
     return body.getvalue()
 
 
