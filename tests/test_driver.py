@@ -230,6 +230,22 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
         assert np.ptp(np.log(exported(photo)["probabilities"].numpy()) - logits) < 1e-4
 
 
+def test_images_are_kept_as_pixels_if_these_fit(one_ray, photos):
+    """Of tars that are said to be as large as it takes; a checkpoint's form stays."""
+    tars, _ = imagenet.list_tars(photos, "")
+    small = [tar._replace(size=tar.size * 2) for tar in tars]
+    large = [tar._replace(size=tar.size * 10**4) for tar in tars]
+    for some, before, stored, spilled in (
+        (small, None, "pixels", False),
+        (large, None, "jpeg", True),
+        (small, "jpeg", "jpeg", False),
+        (large, "pixels", "pixels", True),
+    ):
+        said = []
+        assert driver.form_of_images(photos, some, before, 2, 10**6, said.append) == stored
+        assert ("goes to disk" in said[0]) == spilled
+
+
 def test_a_resume_stays_with_the_form_of_the_images(
     thin, one_ray, photos, tmp_path, monkeypatch, capsys
 ):
