@@ -10,7 +10,7 @@ import posixpath
 import re
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -300,13 +300,17 @@ def report_loading(bucket, loaded, say):
 
 
 def say_left_out(bucket, reports, say):
-    """Name what load tasks have left out, of the first few tars with most of a line each."""
-    spoilt = sorted((report for report in reports if report["left_out"]), key=lambda r: r["key"])
-    for report in spoilt[:MAX_NAMED]:
-        names = "; ".join(report["named"])
-        say(f"s3://{bucket}/{one_line(report['key'])}: {report['left_out']} left out: {names}")
+    """Name what was left out of the first few tars, from all parts' reports, and count the rest."""
+    counts, named = Counter(), defaultdict(list)
+    for report in reports:
+        counts[report["key"]] += report["left_out"]
+        named[report["key"]] += report["named"]
+    spoilt = sorted(key for key in counts if counts[key])
+    for key in spoilt[:MAX_NAMED]:
+        names = "; ".join(named[key][:MAX_NAMED])
+        say(f"s3://{bucket}/{one_line(key)}: {counts[key]} left out: {names}")
     if len(spoilt) > MAX_NAMED:
-        rest = sum(report["left_out"] for report in spoilt[MAX_NAMED:])
+        rest = sum(counts[key] for key in spoilt[MAX_NAMED:])
         say(f"{rest} left out of {len(spoilt) - MAX_NAMED} more tars")
 
 

@@ -81,8 +81,9 @@ def test_a_large_tar_is_several_batches(tasks, s3, bucket, stored):
     """Ray's tasks load one part after the other, in the order of the tar."""
     image, (each, _) = jpeg(draw_image(0, np.random.default_rng(0), (60, 50))), decoding.PART
     names = [f"{number}.JPEG" for number in range(2 * each + 3)]
-    for key, some in ("a.tar", names), ("b.tar", ["b.JPEG"]):
-        s3.put_object(Bucket=bucket, Key=key, Body=make_tar(dict.fromkeys(some, image)))
+    files = {"first": b"no image"} | dict.fromkeys(names, image) | {"last": b"no image"}
+    for key, some in ("a.tar", files), ("b.tar", {"b.JPEG": image}):
+        s3.put_object(Bucket=bucket, Key=key, Body=make_tar(some))
     tars, _ = imagenet.list_tars(bucket, "")
     loaded, said = imagenet.load_tarfiles_from_s3(bucket, tars, [8, 8], tasks, stored), []
     pairs = ray.put(functions.LabelTable({name: i % 7 for i, name in enumerate([*names, "b.JPEG"])}))
@@ -92,10 +93,9 @@ def test_a_large_tar_is_several_batches(tasks, s3, bucket, stored):
     labels = np.concatenate(ray.get([batch.labels for batch in batches]))
     assert labels.tolist() == [i % 7 for i in range(2 * each + 4)]
     assert [len(ray.get(batch.images)) for batch in batches] == [each, each, 3, 1]
-    assert said[-2:] == [
-        f"Loading: 2 of 2 tars, {2 * each + 4} images",
-        f"{2 * each + 4} images in 4 batches",
-    ]
+    images, left_out = f"{2 * each + 4} images", "2 left out: first: no image; last: no image"
+    assert said[-3:-1] == [f"Loading: 2 of 2 tars, {images}", f"s3://{bucket}/a.tar: {left_out}"]
+    assert said[-1] == f"{images} in 4 batches"
 
 
 @STORED
