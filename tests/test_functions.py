@@ -58,7 +58,7 @@ def test_match_drops_unlabelled_images_and_empty_batches(tasks, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
     names = [["a", "b"], ["c", "x", "d"], ["y"], []]
     pairs = ray.put(functions.LabelTable({"a": 0, "b": 1, "c": 2, "d": 3}))
-    report = {"key": "a.tar", "images": 1, "left_out": 0, "rest": None}
+    report = {"key": "a.tar", "images": 1, "left_out": 0, "named": [], "rest": None}
     loaded = [
         imagenet.Loaded(i, ray.put(some), ray.put(report), None)
         for i, some in zip(images, names, strict=True)
