@@ -1,15 +1,12 @@
-"""The Ray cluster that a run is on: joining it, the room on its nodes, and how large objects travel
-between them."""
+"""The Ray cluster that a run is on: the room on its nodes, what runs on them, and how large objects
+travel between them."""
 
 import contextlib
-import json
-import os
 import socket
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -20,65 +17,15 @@ import watching
 from adding import leaves, share_out
 from functions import CPU_SLICE, TASK_MEMORY, Helper, multiplies_bfloat16, random_batches
 from imagenet import PATIENCE
+from joining import ANSWER, CONNECT, ClusterError, carried
 
-# What runs on other nodes, too.
-CARRIED_MODULES = ("adding", "alexnet", "decoding", "functions", "imagenet", "watching")
-
-ANSWER = 20  # seconds in which a healthy cluster answers a short question
 SHORT = 0.5  # seconds between two looks whether an answer is still wanted
 ASKED = 3  # times that a node is asked before its silence is an answer
 START = 60  # seconds in which a helper has started
-CONNECT = 5  # seconds in which a process on a healthy node can be connected to
 LOOK = 5  # seconds between two looks whether the cluster is there and whether a data task hangs
 CRASHES_IN_A_ROW = 3  # of workers with one request, or on one node, before it is given up
 RETRY_START = 2  # seconds after which a worker is started again where one failed; longer each time
 LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
-
-
-class ClusterError(Exception):
-    """A cluster that cannot be joined, or on which workers do not stay up. The message is one line."""
-
-
-def connect(**start_options):
-    """Join the Ray cluster in RAY_ADDRESS or the one running here (True), or else start one (False).
-
-    The runtime environment carries the project's modules to every node, and nothing else; none if this
-    is a Ray job whose working directory brings them. `start_options` are for a cluster that it starts.
-    """
-    if ray.is_initialized():
-        return True
-    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # the run says in a line what Ray says in twenty
-    here = Path(__file__).resolve().parent
-    modules = [str(here / f"{name}.py") for name in CARRIED_MODULES]
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    brought = "working_dir" in job and here == Path.cwd()
-    options = {"logging_level": "ERROR", "log_to_driver": False}
-    options["runtime_env"] = {} if brought else {"py_modules": modules}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address != "local":  # Ray's word for a cluster of one's own
-            with _silent_core():
-                ray.init("auto", **options)
-            return True
-    except ConnectionError as error:
-        if address:
-            hint = "check it, and that RAY_AUTH_MODE and the token are the cluster's"
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {hint}") from error
-    ray.init("local", include_dashboard=False, **options, **start_options)
-    return False
-
-
-@contextlib.contextmanager
-def _silent_core():
-    """Have the part of Ray in C++ that starts in this process say nothing of the cluster's faults."""
-    level = os.environ.get("RAY_BACKEND_LOG_LEVEL")
-    os.environ["RAY_BACKEND_LOG_LEVEL"] = level or "fatal"
-    try:
-        with watching.silent_stderr():  # or it would say that there is a level
-            yield
-    finally:
-        if not level:  # processes of a Ray that is started here write their logs as usual
-            del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
 def nodes_alive():
@@ -155,7 +102,7 @@ def ask(node, function, *arguments, closed=None):
     An answer does not come if Ray gives the task to a process that hangs; another one gets the next.
     ClusterError as soon as the event `closed` is set: nobody waits for the answer then.
     """
-    task = ray.remote(num_cpus=0, scheduling_strategy=on_node(node))(function)
+    task = ray.remote(num_cpus=0, scheduling_strategy=on_node(node), **carried())(function)
     for _ in range(ASKED):
         with contextlib.suppress(RayError):
             return _answer(task.remote(*arguments), closed)
@@ -186,7 +133,7 @@ class DataTasks:
         CPU. `options` are more of Ray's for all tasks.
         """
         here = on_node(ray.get_runtime_context().get_node_id())
-        self._watch = watching.Watch.options(scheduling_strategy=here).remote()
+        self._watch = watching.Watch.options(scheduling_strategy=here, **carried()).remote()
         self._names, self._closed = set(), threading.Event()
         looks = (_look_at_tasks, self._watch, self._names, say, timeout), (_look_at_head, fail)
         self._threads = [
@@ -199,7 +146,7 @@ class DataTasks:
         sizes = [(n["memory"], n["CPU"]) for n in nodes if n.get("CPU") and n.get("memory")]
         share, largest = (min(m / c / 2 for m, c in sizes), max(sizes)[0]) if sizes else (0, 0)
         limits = {"num_cpus": CPU_SLICE, "memory": int(min(max(TASK_MEMORY, share), largest))}
-        self._task = ray.remote(max_retries=-1, **limits | options)(watching.watched)
+        self._task = ray.remote(max_retries=-1, **limits | carried() | options)(watching.watched)
 
     def close(self):
         """End the threads: Ray ends the process if one of them calls it after its end."""
@@ -360,7 +307,8 @@ class Helpers:
     def on(self, node):
         """The helper on a node."""
         if node not in self._on:
-            self._on[node] = Helper.options(scheduling_strategy=on_node(node)).remote()
+            there = {"scheduling_strategy": on_node(node)} | carried()
+            self._on[node] = Helper.options(**there).remote()
             self._note_start(node)
         return self._on[node]
 

@@ -1,7 +1,6 @@
 """The bytes of tars and of images, as pixels or as small JPEGs. Nothing here knows of S3 or of Ray."""
 
 import io
-import posixpath
 import re
 import tarfile
 from collections import namedtuple
@@ -27,6 +26,8 @@ MAX_RECORDS = 2**20  # bytes that are read of a tar's headers about one member
 
 ITSELF = "the tar itself"  # the name under which damage to a tar is left out
 
+A_TAR = "a tar, no image"  # why a tar within a tar is left out
+
 # How much of a tar is one batch, at most. A tar of ImageNet, of up to 1,300 images, is one part.
 Part = namedtuple("Part", "images bytes")
 PART = Part(2000, 2**28)
@@ -39,6 +40,17 @@ class ImageError(Exception):
 def one_line(text):
     """Any text on one printable ASCII line: names from tars can hold newlines and escape codes."""
     return re.sub("[^ -~]", lambda char: ascii(char[0])[1:-1], " ".join(str(text).split()))
+
+
+# The first bytes of all that FORMATS names.
+_SIGNATURES = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|RIFF....WEBP", re.DOTALL)
+
+
+def kind_of(data):
+    """What a file is by its first 512 bytes: "image", "tar" or "other"."""
+    if _SIGNATURES.match(data):
+        return "image"
+    return "tar" if data[257:262] == b"ustar" else "other"
 
 
 class Jpegs:
@@ -85,9 +97,9 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
 
     `tar` is a file object, `start` the byte at which the part begins, 0 or the `rest` of the part
     before; it ends with the tar, or after so many images or bytes. Returns images uint8 [n, height,
-    width, 3] or Jpegs, their n base names, (name, reason) of what was left out: members that are no
-    regular file or no readable image, and damage to the tar itself; and `rest`, the byte at which the
-    next part begins, None after the last one.
+    width, 3] or Jpegs, their n names in the tar, (name, reason) of what was left out: members that are
+    no regular file or no readable image, and damage to the tar itself; and `rest`, the byte at which
+    the next part begins, None after the last one.
     """
     end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
     # What no image is written to takes no memory.
@@ -107,7 +119,7 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
         except ImageError as error:
             left_out.append((member.name if member else ITSELF, str(error)))
         else:
-            names.append(posixpath.basename(member.name))
+            names.append(member.name)
     tar.seek(max(0, end - tarfile.BLOCKSIZE))
     if any(tar.read()):
         left_out.append((ITSELF, "cut: its end mark is missing"))
@@ -131,7 +143,10 @@ def _content(tar, place, member, end):
     if member.size > MAX_BYTES:
         raise ImageError(f"too large: {member.size} bytes")
     tar.seek(member.offset_data)
-    return tar.read(member.size)
+    data = tar.read(member.size)
+    if kind_of(data) == "tar":
+        raise ImageError(A_TAR)
+    return data
 
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)

@@ -9,14 +9,18 @@ modules hold the details. Edit the hyperparameters here, in the source.
 import _thread
 import argparse
 import contextlib
+import ctypes
 import itertools
 import math
 import os
 import signal
 import sys
+import threading
 from functools import partial
 
 if __name__ == "__main__":
+    while os.open(os.devnull, os.O_RDWR) < 3:  # no file may get the number of a standard stream
+        pass
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while the imports take their seconds
 
 # The run says in a line what Ray's processes say of faults in twenty; Ray reads this when it loads.
@@ -28,10 +32,13 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 import alexnet
 import cluster
+import constants
 import decoding
 import functions
 import imagenet
+import joining
 import results
+import s3
 import workers
 
 NUM_WORKERS = None  # workers, and mini-batches an iteration; None: as many as the cluster has room for
@@ -43,10 +50,11 @@ TASK_TIMEOUT = 1800  # seconds after which a task on data that does not end, suc
 MINI_BATCH = 20  # images a worker computes one gradient on
 STORED = None  # form of images in memory: "pixels", "jpeg" (an eighth), or None: pixels if they fit
 SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two: r rounds mix 2^r tars
-ACCURACY_EVERY = 10  # iterations between two accuracies
+ACCURACY_EVERY = 10  # iterations between two accuracies; 0: none
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
-VALIDATE_EVERY = 1000  # iterations between two validations; the last iteration is followed by one
-CHECKPOINT_EVERY = 500  # iterations between two checkpoints; the last iteration is always one
+VALIDATE_EVERY = 1000  # iterations between two validations, 0: none; one follows the last iteration
+CHECKPOINT_EVERY = 500  # iterations between two checkpoints, 0: none; the last iteration is always one
+CHECK_TARS = True  # False: a run resumes even if keys or ETags of tars are not those that it began with
 LEARNING_RATE = 0.005  # step size for LEARNING_RATE_IMAGES; the paper's 0.01 is for 128
 LEARNING_RATE_IMAGES = 40  # images of an iteration that it is for
 LEARNING_RATE_POWER = 0  # how it follows them: 0 not at all, 0.5 as their root (Krizhevsky 2014), 1 in
@@ -70,10 +78,10 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
 
     # ---- Where to begin: at a checkpoint of the same network and seed, or at iteration 0
     start = outcome.checkpoints.newest()
-    constants = {name: repr(value) for name, value in globals().items() if name.isupper()}
-    constants["STORED"] = repr(STORED or start.stored)
+    edited = {name: repr(value) for name, value in globals().items() if name.isupper()}
+    edited["STORED"] = repr(STORED or start.stored)
     fixed = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "STORED", "SHUFFLE_ROUNDS"]
-    start.must_match(constants, fixed, say)
+    start.must_match(edited, fixed, say)
 
     # ---- What an iteration is: the first start decides
     resources = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
@@ -86,7 +94,7 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
     stored = form_of_images(bucket, tars + held_out_tars, start.stored, mini_batches, one_set, say)
     training = load(bucket, args.key_prefix, tars, args.label_file, stored, tasks)
-    start.must_match(source := training.source, ["tars", "labels"], say)
+    start.must_match(source := training.source, ["labels", *(["tars"] if CHECK_TARS else [])], say)
     held_out = load(bucket, args.val_prefix, held_out_tars, args.val_label_file, stored, tasks)
 
     # ---- AlexNet: one network in each worker, and the local one, which is trained
@@ -117,7 +125,7 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     elif can_grow and not NUM_WORKERS:
         say("That stays so, however the cluster grows: NUM_WORKERS in driver.py waits for more workers")
     start.must_match(machine := pool.machine(), [], say)
-    run = constants | {"STORED": repr(stored)} | source | machine
+    run = edited | {"STORED": repr(stored)} | source | machine
     facts = {"mini_batches": mini_batches, "precision": precision, "stored": stored, "run": run}
     outcome.begin(local, facts, mean_image)
     draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
@@ -130,17 +138,17 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
         report.lap("broadcast")
 
         # What these weights are worth: a checkpoint, a validation, or the end of the run.
-        if iteration % CHECKPOINT_EVERY == 0:
+        last = iteration >= args.iterations
+        if is_due(iteration, CHECKPOINT_EVERY):
             outcome.save()
-        due = iteration == args.iterations or iteration % VALIDATE_EVERY == 0
-        if held_out and due and iteration > start.iteration:
+        if held_out and iteration > start.iteration and (last or is_due(iteration, VALIDATE_EVERY)):
             report.validation(iteration, *pool.validate(held_out, mean))
-        if iteration >= args.iterations:
+        if last:
             break
         report.resume()
 
         # A gradient from each random mini-batch, and an accuracy on a random batch beside them.
-        if iteration % ACCURACY_EVERY == 0:
+        if is_due(iteration, ACCURACY_EVERY):
             pool.print_accuracy(helpers.draw_sample(batches, ACCURACY_SAMPLE, SEED, iteration), mean)
         losses = pool.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
         report.lap("compute")
@@ -154,6 +162,11 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
         report.lap("apply")
         report.iteration(iteration, losses, mini_batches * MINI_BATCH, norm, rate)
         minibatches = upcoming
+
+
+def is_due(iteration, every):
+    """Whether it is time for what happens after every so many iterations; 0 is never."""
+    return every > 0 and iteration % every == 0
 
 
 def update_rule(images):
@@ -206,8 +219,10 @@ class Stop:
     """What SIGINT, SIGTERM and SIGHUP do: they raise KeyboardInterrupt, but not while it is `held`."""
 
     def __init__(self):
-        """No signal has come yet."""
+        """No signal has come yet; what has to stop runs in this thread."""
         self.signum, self.error, self._held = 0, None, False
+        self._thread = threading.current_thread()
+        self.in_main = self._thread is threading.main_thread()
 
     def __call__(self, signum, frame):
         """Handle a signal; a second one does not wait for anything."""
@@ -216,10 +231,14 @@ class Stop:
             raise KeyboardInterrupt  # no other exception comes out of Ray's waits
 
     def fail(self, error):
-        """End the run with an error that another thread has found, unless a signal ends it already."""
-        if not self.signum:
+        """End the run with an error that any thread has found, unless something ends it already."""
+        if not self.signum and not self.error:
             self.error = error
-            _thread.interrupt_main()
+            if self.in_main:
+                _thread.interrupt_main()
+            else:
+                end = ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), end)
 
     @contextlib.contextmanager
     def held(self):
@@ -239,7 +258,7 @@ def explain(error):
     if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
         hint = "free the disk that Ray spills to, add nodes, or train on fewer tars (--key-prefix)"
         return f"a node's object store and disk are full: {hint}"
-    if isinstance(cause, imagenet.InputError | cluster.ClusterError):
+    if isinstance(cause, s3.InputError | joining.ClusterError):
         return str(cause)
     if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
         return f"Ray cannot go on: {workers.first_line(cause)}"
@@ -272,19 +291,24 @@ def main(argv=None, report=None, actor=functions.Worker):
 
     `report` is a results.Report: what watches the run, or measures it, hands in its own. `actor` is the
     class of the workers: a benchmark of all but computing hands in one that computes nothing. Returns
-    the exit status: 0; 2 where it cannot train; 3 where not all is saved; 129, 130, 143 after a signal.
+    the exit status: 0; 2 where it cannot train; 3 where not all is saved; 129, 130, 143 after a signal;
+    141 once nobody reads the output.
     """
     args, report = read_flags(argv), report or results.Report()
     stop, own_ray = Stop(), not ray.is_initialized()
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    report.listen(stop.fail)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if stop.in_main else ()
     handlers = {number: signal.getsignal(number) for number in signals}
-    if handlers[signal.SIGHUP] == signal.SIG_IGN:
+    if handlers.get(signal.SIGHUP) == signal.SIG_IGN:
         del handlers[signal.SIGHUP]  # nohup: the run outlives its terminal
     for number in handlers:
         signal.signal(number, stop)
     try:
+        constants.check(globals())
+        args.s3_bucket = s3.bucket_name(args.s3_bucket)
+        address = joining.find_address(report.say)
         with stop.held():  # Ray can crash if its start is interrupted
-            can_grow = cluster.connect()
+            can_grow = joining.connect(address)
             for number in handlers:
                 signal.signal(number, stop)  # again: Ray's start sets a handler of its own
         outcome = results.Outcome(args, report)
@@ -298,12 +322,14 @@ def main(argv=None, report=None, actor=functions.Worker):
         status = 0 if whole else 3
     except KeyboardInterrupt:
         status = 128 + (stop.signum or signal.SIGINT)
-        if stop.error:
-            print(f"error: {stop.error}", file=sys.stderr)
+        if isinstance(stop.error, BrokenPipeError):
+            status = 128 + signal.SIGPIPE
+        elif stop.error:
             status = 2
+            print(f"error: {stop.error}", file=sys.stderr)
     except SystemExit as end:  # while it starts, Ray answers SIGTERM so
         status = 128 + end.code
-    except (imagenet.InputError, cluster.ClusterError, RayError) as error:
+    except (s3.InputError, joining.ClusterError, RayError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         status = 2
     finally:
@@ -318,5 +344,6 @@ def main(argv=None, report=None, actor=functions.Worker):
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)  # a save that a second signal has given up may still wait for S3, in a thread

@@ -19,7 +19,8 @@ import ray
 
 from adding import sum_of_sets
 from decoding import gathered, one_line
-from imagenet import CROP_SIZE, PATIENCE, InputError, report_loading
+from imagenet import CROP_SIZE, PATIENCE, SEVERAL, report_loading
+from s3 import InputError
 
 # An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
 # for one slice, so that data tasks always find room beside workers: to rebuild a lost block, too.
@@ -117,14 +118,20 @@ def _hashed(name):
 def convert(filenames, imagepairs):
     """Labels int32 [n] of n file names, NO_LABEL where a LabelTable has none, and a small report.
 
-    The report has `images` (labelled), `unlabelled` and `named` (the first few of those).
+    A file name is `directory/name`; the directory counts where the name alone has several labels. The
+    report has `images` (labelled), `unlabelled` and `named` (the first few of those), and `doubtful`
+    (the first few names whose directory has no label, while others have).
     """
-    labels = np.array([imagepairs.get(name, NO_LABEL) for name in filenames], np.int32)
-    missing = [name for name, label in zip(filenames, labels, strict=True) if label == NO_LABEL]
+    names = [filename.partition("/")[2] for filename in filenames]
+    labels = np.array([imagepairs.get(name, NO_LABEL) for name in names], np.int32)
+    for place in np.flatnonzero(labels == SEVERAL):
+        labels[place] = imagepairs.get(filenames[place], SEVERAL)
+    missing = [name for name, label in zip(names, labels, strict=True) if label == NO_LABEL]
     report = {
         "images": len(filenames) - len(missing),
         "unlabelled": len(missing),
         "named": [ascii(name[:100]) for name in missing[:5]],
+        "doubtful": [filenames[place] for place in np.flatnonzero(labels == SEVERAL)[:5]],
     }
     return labels, report
 
@@ -141,6 +148,9 @@ def match(data, say, tasks):
     ]
     batches = []
     reports = ray.get(wait_for([report for _, report in converted], say, "Labels"))
+    if doubtful := [name for report in reports for name in report["doubtful"]]:
+        why = f"has no line for {one_line(doubtful[0])}, and several labels for that name elsewhere"
+        raise InputError(f"s3://{data.bucket}/{one_line(data.label_file)}: {why}")
     for part, (labels, _), report in zip(loaded, converted, reports, strict=True):
         images = part.images
         if report["unlabelled"] and report["images"]:

@@ -1,14 +1,16 @@
 """ImageNet (ILSVRC-2012) as people have it on disk: its layouts, its classes, its ground truth.
 
-Images are found, never unpacked: an `Image` says where its bytes lie.
+Images are found, never unpacked: an `Image` says where its bytes lie. What is an image is told by its
+first bytes, never by its name; all other files are listed, too, to be named.
 """
 
 import csv
 import functools
 import io
 import math
-import os
+import re
 import tarfile
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,21 +18,49 @@ from typing import NamedTuple
 import numpy as np
 import scipy.io
 
-from imagenet import InputError, one_line
+from decoding import kind_of, one_line
+from s3 import InputError
 
 VAL_IMAGES = 2000  # images of one validation tar
 TRAIN, VAL = "ILSVRC2012_img_train", "ILSVRC2012_img_val"
 DEVKIT, KAGGLE_TRUTH = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv"
+TINY_TRUTH = "val_annotations.txt"
+
+# Below SOURCE, where people unpack ImageNet; Kaggle's archive has all of these folders.
+ROOTS = ("", "ILSVRC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
+
+KNOWN = (
+    f"{TRAIN}.tar, {VAL}.tar, train/nXXXXXXXX/*.JPEG or val/nXXXXXXXX/*.JPEG, also below "
+    "ILSVRC/Data/CLS-LOC/ (Kaggle), with images/ (Tiny ImageNet), in one tar, or as class tars"
+)
+
+WNID = re.compile(r"n\d{8}")
 
 
 class Image(NamedTuple):
     """Where the bytes of an image lie: in a file of its own, or somewhere within a tar."""
 
-    name: str
+    name: str  # in the tar that it goes into
     wnid: str  # "" where only the ground truth knows it
     path: Path
     offset: int = 0
     size: int = -1  # bytes; -1: to the end of the file
+
+
+class Listing(NamedTuple):
+    """The images of a tar to be made, sorted by name, and texts that name what was left out."""
+
+    images: list
+    others: list
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its path, where it lies, and what it is by its first bytes."""
+
+    name: str
+    offset: int
+    size: int
+    kind: str
 
 
 @functools.cache
@@ -47,105 +77,95 @@ def check_wnid(wnid, place):
 
 
 def find_tars(source):
-    """The tars to make of SOURCE, for "train", "val" or both: a dict of key -> function listing Images.
+    """The tars to make of SOURCE, for "train", "val" or both, and texts that name what is left out.
 
-    Raises InputError where there is nothing to stage, a class is unknown or ground truth is missing.
+    The tars are a dict of key -> function that gives a Listing. InputError where there is nothing
+    to stage, a class is unknown or ground truth is missing.
     """
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
-    archives = [source] if source.is_file() else [source / f"{TRAIN}.tar", source / f"{VAL}.tar"]
-    tars = {}
-    for path in filter(Path.is_file, archives):
-        members = tar_members(path)
-        if any(member.name.endswith(".tar") for member in members):
-            tars["train"] = train_tars(path, members)
-        else:
-            tars["val"] = val_tars(tar_images(path, members), path.parent)
-    if "train" not in tars and (source / "train").is_dir():
-        folders = class_folders(source / "train")
-        if not folders:
-            raise InputError(f"{source / 'train'}: has no class folder nXXXXXXXX")
-        tars["train"] = {f"{TRAIN}/{f.name}.tar": partial(folder_images, f, f.name) for f in folders}
-    if "val" not in tars and (source / "val").is_dir():
-        folders = class_folders(source / "val")
-        images = [image for f in folders for image in folder_images(f, f.name)]
-        tars["val"] = val_tars(images or folder_images(source / "val"), source)
+    tars, others = {}, []
+    if source.is_file():
+        others += add_archive(tars, source)
+    else:
+        for name in (TRAIN, VAL):
+            if (source / f"{name}.tar").is_file():
+                others += add_archive(tars, source / f"{name}.tar")
+        for root in (source / root for root in ROOTS):
+            others += add_folders(tars, root)
     if not tars:
-        known = f"{TRAIN}.tar, {VAL}.tar, train/nXXXXXXXX/*.JPEG or val/nXXXXXXXX/*.JPEG"
-        raise InputError(f"{source}: nothing to stage: no {known}")
-    return tars
+        raise InputError(f"{source}: nothing to stage: no {KNOWN}")
+    return tars, others
 
 
-def class_folders(path):
-    """The class folders in a folder, sorted."""
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    for folder in folders:
-        check_wnid(folder.name, path)
-    return folders
+# ---- tars
 
 
-def train_tars(path, members):
+def add_archive(tars, path):
+    """Add what a tar holds: class tars, folders of images, or images; returns what is left out."""
+    members = tar_members(path)
+    if inner := [member for member in members if member.kind == "tar"]:
+        tars["train"] = inner_tars(path, inner)
+        return [f"{path.name}/{member.name}" for member in members if member.kind != "tar"]
+    others, classes, val = [], defaultdict(list), []
+    for member in members:
+        *folders, name = member.name.split("/")
+        wnid = next((folder for folder in reversed(folders) if WNID.fullmatch(folder)), "")
+        image = Image(name, wnid, path, member.offset, member.size)
+        if member.kind != "image" or "test" in folders:
+            others.append(f"{path.name}/{member.name}")
+        elif "val" in folders or not (wnid or "train" in folders):
+            val.append(image)
+        else:
+            check_wnid(wnid or folders[-1], path)
+            classes[wnid].append(image)
+    if classes:
+        listings = {wnid: Listing(_sorted(classes[wnid], path), []) for wnid in sorted(classes)}
+        tars["train"] = {f"{TRAIN}/{w}.tar": partial(Listing, *listings[w]) for w in listings}
+    if val or not classes:
+        tars["val"] = val_tars(_sorted(val, path), [path.parent])
+    return others
+
+
+def inner_tars(path, members):
     """The class tars to make of the tars that are members of a tar."""
     tars = {}
-    for member in sorted(members, key=lambda member: member.name):
-        wnid, end = Path(member.name).stem, member.offset_data + member.size
+    for member in sorted(members):
+        wnid, end = Path(member.name).stem, member.offset + member.size
         check_wnid(wnid, path)
-        tars[f"{TRAIN}/{wnid}.tar"] = partial(inner_images, path, member.offset_data, end, wnid)
+        tars[f"{TRAIN}/{wnid}.tar"] = partial(list_tar, path, wnid, member.offset, end)
     return tars
 
 
-def val_tars(images, folder):
-    """The tars to make of the validation images, sorted by name; the folder has their ground truth."""
-    if not all(image.wnid for image in images):
-        truth = ground_truth(folder)
-        if unknown := [image.name for image in images if image.name not in truth]:
-            raise InputError(f"{folder}: the ground truth doesn't know {one_line(unknown[0])}")
-        images = [image._replace(wnid=truth[image.name]) for image in images]
-    images = sorted(images)
-    starts = range(0, len(images), VAL_IMAGES)
-    return {
-        f"{VAL}/{number:03d}.tar": partial(list, images[start : start + VAL_IMAGES])
-        for number, start in enumerate(starts)
-    }
-
-
-def folder_images(path, wnid=""):
-    """The images in a folder: all files but hidden ones, as the driver reads all of a tar."""
-    files = [entry.name for entry in os.scandir(path) if entry.is_file()]
-    return _sorted_images([Image(name, wnid, path / name) for name in files], path)
-
-
-def tar_images(path, members, wnid=""):
-    """The images that are members of a tar: all but hidden ones."""
-    images = [Image(Path(m.name).name, wnid, path, m.offset_data, m.size) for m in members]
-    return _sorted_images(images, f"{path}: {wnid}.tar" if wnid else path)
-
-
-def inner_images(path, start, end, wnid):
-    """The images of a class tar that lies at [start, end) of a file."""
-    return tar_images(path, tar_members(path, start, end, f"{path}: {wnid}.tar"), wnid)
-
-
-def _sorted_images(images, place):
-    images = sorted(image for image in images if not image.name.startswith("."))
-    if not images:
-        raise InputError(f"{place}: holds no image")
-    if bad := [image.name for image in images if not image.name.isprintable()]:
-        raise InputError(f"{place}: a label file can't have the name {one_line(repr(bad[0]))}")
-    return images
+def list_tar(path, wnid, start=0, end=math.inf):
+    """The Listing of a class tar that lies at [start, end) of a file."""
+    place = f"{path}: {wnid}.tar" if start else path
+    images, others = [], []
+    for member in tar_members(path, start, end, place):
+        name = member.name.rpartition("/")[2]
+        if member.kind == "image":
+            images.append(Image(name, wnid, path, member.offset, member.size))
+        else:
+            others.append(f"{wnid}.tar/{member.name}")
+    return Listing(_sorted(images, place), others)
 
 
 def tar_members(path, start=0, end=math.inf, place=None):
-    """The regular files of a tar that lies at [start, end) of a file; offsets are that file's.
+    """The regular files of a tar that lies at [start, end) of a file, as Members with offsets in that.
 
     Raises InputError, which names the place, unless the tar is whole up to its end-of-archive mark.
     """
-    place = place or path
+    place, members = place or path, []
     try:
         with path.open("rb") as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
-                members = [member for member in archive if member.isreg()]
+                for member in archive:
+                    if member.isreg():
+                        file.seek(member.offset_data)
+                        kind = kind_of(file.read(min(member.size, tarfile.BLOCKSIZE)))
+                        members.append(Member(member.name, member.offset_data, member.size, kind))
+                    archive.members = []  # or a million of them would take 2 GB
             # tarfile takes a damaged header for the end, which is a block of zeros.
             file.seek(archive.offset)
             mark = file.read(tarfile.BLOCKSIZE)
@@ -156,18 +176,141 @@ def tar_members(path, start=0, end=math.inf, place=None):
     return members
 
 
-def ground_truth(folder):
-    """The WNIDs of the validation images: a dict of name -> WNID, from the devkit or Kaggle's file.
+# ---- folders
 
-    Raises InputError where the folder has neither, or an unreadable one.
+
+def add_folders(tars, root):
+    """Add what lies in train/ and val/ of a folder, or in itself; returns what is left out."""
+    others = []
+    for train in (root / "train", root / TRAIN, root):
+        if "train" not in tars and train.is_dir():
+            found, left_out = class_tars(train, strict=train != root)
+            if not found and train != root:
+                raise InputError(f"{train}: has no class folder nXXXXXXXX")
+            if found:
+                tars["train"] = found
+                others += left_out
+    for val in (root / "val", root / VAL):
+        if "val" not in tars and val.is_dir():
+            found, left_out = class_tars(val, strict=False)
+            listings = [listing() for listing in found.values()] or [list_folder(val, "")]
+            others += left_out if found else []
+            others += [name for listing in listings for name in listing.others]
+            images = [image for listing in listings for image in listing.images]
+            tars["val"] = val_tars(images, [val, root, *root.absolute().parents[:3]])
+    return others
+
+
+def class_tars(path, strict):
+    """The tars to make of the class folders and class tars in a folder, and what else is there.
+
+    If `strict`, InputError for a folder that holds images and is that of no class.
     """
-    places = [folder / DEVKIT, folder / f"{DEVKIT}.tar.gz", folder / KAGGLE_TRUTH]
+    tars, others = {}, []
+    for entry in sorted(path.iterdir()):
+        wnid = entry.name.removesuffix(".tar")
+        if WNID.fullmatch(wnid) and entry.is_dir():
+            check_wnid(wnid, path)
+            tars[f"{TRAIN}/{wnid}.tar"] = partial(list_folder, entry, wnid)
+        elif WNID.fullmatch(wnid) and entry.name != wnid and entry.is_file():
+            check_wnid(wnid, path)
+            tars[f"{TRAIN}/{wnid}.tar"] = partial(list_tar, entry, wnid)
+        else:
+            if strict and entry.is_dir() and not is_of_the_system(entry.name):
+                images, _ = _files_in(entry, "")
+                if images:
+                    check_wnid(entry.name, path)
+            others.append(f"{path.name}/{entry.name}{_if_broken(entry)}")
+    return tars, others
+
+
+def is_of_the_system(name):
+    """Whether a folder is one that systems make: Macs, Windows, NAS servers, or hidden ones."""
+    known = ("__MACOSX", "lost+found", "System Volume Information")
+    return name in known or name.startswith((".", "@", "#", "$"))
+
+
+def list_folder(path, wnid):
+    """The Listing of a folder; Tiny ImageNet has the images in a folder images/ in it."""
+    images, others = _files_in(path, wnid)
+    if (path / "images").is_dir():
+        more, rest = _files_in(path / "images", wnid)
+        others.remove(f"{path.name}/images")
+        images, others = images + more, others + rest
+    return Listing(_sorted(images, path), others)
+
+
+def _files_in(path, wnid):
+    """The images in a folder, and the names of all else."""
+    images, others = [], []
+    for entry in sorted(path.iterdir()):
+        if entry.is_file():
+            with entry.open("rb") as file:
+                kind = kind_of(file.read(tarfile.BLOCKSIZE))
+            if kind == "image":
+                images.append(Image(entry.name, wnid, entry))
+                continue
+        others.append(f"{path.name}/{entry.name}{_if_broken(entry)}")
+    return images, others
+
+
+def _if_broken(entry):
+    return " (a broken link)" if entry.is_symlink() and not entry.exists() else ""
+
+
+# What a label file of lines cannot have in a name.
+_UNUSABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|^\\s|\\s$")
+
+
+def _sorted(images, place):
+    if not images:
+        raise InputError(f"{place}: holds no image")
+    if bad := [image.name for image in images if _UNUSABLE.search(image.name)]:
+        raise InputError(f"{place}: a label file can't have the name {one_line(repr(bad[0]))}")
+    return sorted(images)
+
+
+# ---- validation
+
+
+def val_tars(images, folders):
+    """The tars to make of the validation images, sorted by name.
+
+    One of the folders has their ground truth, where they lie in no class folders. A name that several
+    classes have is told apart by its class.
+    """
+    if not all(image.wnid for image in images):
+        truth = ground_truth(folders)
+        if unknown := [image.name for image in images if image.name not in truth]:
+            raise InputError(f"{folders[0]}: the ground truth doesn't know {one_line(unknown[0])}")
+        images = [image._replace(wnid=truth[image.name]) for image in images]
+    counts = Counter(image.name for image in images)
+    images = sorted(
+        image._replace(name=f"{image.wnid}/{image.name}") if counts[image.name] > 1 else image
+        for image in images
+    )
+    starts = range(0, len(images), VAL_IMAGES)
+    return {
+        f"{VAL}/{number:03d}.tar": partial(Listing, images[start : start + VAL_IMAGES], [])
+        for number, start in enumerate(starts)
+    }
+
+
+def ground_truth(folders):
+    """The WNIDs of the validation images: a dict of name -> WNID.
+
+    From the devkit, Kaggle's file or Tiny ImageNet's, in the first of the folders that has one. Raises
+    InputError where none has, or an unreadable one.
+    """
+    names = {DEVKIT: _devkit_truth, f"{DEVKIT}.tar.gz": _devkit_truth}
+    names |= {KAGGLE_TRUTH: _kaggle_truth, TINY_TRUTH: _tiny_truth}
+    places = [folder / name for folder in folders for name in names]
     place = next((place for place in places if place.exists()), None)
     if not place:
         missing = "no ground truth of the validation images"
-        raise InputError(f"{folder}: {missing}; put {DEVKIT}.tar.gz here")
+        raise InputError(f"{folders[0]}: {missing}; put {DEVKIT}.tar.gz here")
     try:
-        truth = _kaggle_truth(place) if place.name == KAGGLE_TRUTH else _devkit_truth(place)
+        truth = names[place.name](place)
     except Exception as error:  # a damaged file can raise anything from SciPy's reader
         reason = f"{type(error).__name__}: {one_line(error)[:80]}"
         raise InputError(f"{place}: no readable ground truth ({reason})") from error
@@ -190,5 +333,10 @@ def _devkit_truth(place):
 
 
 def _kaggle_truth(place):
-    rows = csv.DictReader(place.read_text().splitlines())
+    rows = csv.DictReader(place.read_text("utf-8-sig").splitlines())
     return {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in rows}
+
+
+def _tiny_truth(place):
+    rows = [line.split("\t") for line in place.read_text("utf-8-sig").splitlines()]
+    return {name: wnid for name, wnid, *_ in rows}

@@ -1,4 +1,4 @@
-"""ImageNet in S3: listing the tars, loading them, the label file, and a folder in S3."""
+"""ImageNet in S3: listing the tars, loading them, the label file."""
 
 import contextlib
 import functools
@@ -6,26 +6,24 @@ import hashlib
 import io
 import json
 import math
-import posixpath
 import re
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import boto3
 import cv2
 import ray
-from boto3.exceptions import Boto3Error, S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
-from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
+from botocore.exceptions import HTTPClientError, IncompleteReadError
+from s3transfer.exceptions import RetriesExceededError
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 from tqdm import tqdm
 
-from decoding import decode_part, one_line, walk
+from decoding import A_TAR, decode_part, one_line, walk
+from s3 import PATIENT, InputError, data_client, s3_errors, s3_location
 
 IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
 
@@ -46,149 +44,25 @@ PATIENCE = 30  # seconds of waiting after which the run says what it waits for, 
 
 MAX_NAMED = 5  # left-out members (or keys) that a report names; the others are only counted
 
+SEVERAL = -2  # the label of a name that has several, in several directories
+
 JPEG_BYTES = 110_000  # of an average ILSVRC-2012 photo
 
-# Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
-# A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
-# "when_required" saves a HEAD request an object, which costs as much as decoding a photo.
-PATIENT = Config(
-    connect_timeout=5,
-    read_timeout=10,
-    retries={"mode": "standard", "total_max_attempts": 10},
-    max_pool_connections=32,
-    response_checksum_validation="when_required",
-)
 PARTS = TransferConfig(
     multipart_chunksize=PIECE,
     io_chunksize=PIECE,  # a part at once: in small pieces, threads take turns for half the time
     max_concurrency=AHEAD,
     num_download_attempts=ATTEMPTS,
 )
-# The driver's own few requests fail within a minute when nothing answers.
-IMPATIENT = Config(
-    connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3}
-)
-
-
-class InputError(Exception):
-    """Input that cannot be used. The message is one line: what, in which bucket and key, what to do."""
-
-
-def s3_resource(config=None, **where):
-    """A boto3 S3 resource of the ordinary AWS settings; `where` is an endpoint and region, if given."""
-    return boto3.resource("s3", config=config or IMPATIENT, **where)
-
-
-def s3_location():
-    """Endpoint (only one that is configured) and region of this process, for `s3_resource` elsewhere.
-
-    Credentials are not part of it: every node has its own.
-    """
-    plain = s3_resource(IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta.client.meta
-    meta = s3_resource().meta.client.meta
-    where = {"region_name": meta.region_name}
-    if meta.endpoint_url != plain.endpoint_url:
-        where["endpoint_url"] = meta.endpoint_url
-    return where
-
-
-def explain(error):
-    """One line for an error of S3: what S3 or the network said, and what to do about it."""
-    if isinstance(error, RetriesExceededError):
-        return f"every attempt to read it broke off ({explain(error.last_exception)}): start again"
-    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
-    if isinstance(error, S3DownloadFailedError) or code in ("PreconditionFailed", "412"):
-        return "has changed since it was listed: start again with the new data"
-    if isinstance(error, S3UploadFailedError) and error.__context__:
-        return explain(error.__context__)
-    if code == "NoSuchBucket":
-        return "no such bucket; check its name, AWS_ENDPOINT_URL and the region"
-    if code in ("404", "NoSuchKey"):
-        return "there is no such key; check the flag that names it"
-    if code in ("403", "AccessDenied"):
-        return "access denied; check the credentials and the bucket's policy"
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        hint = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return f"{one_line(error)}; {hint}"
-    return one_line(error)
-
-
-class S3Folder:
-    """A folder in S3, `s3://bucket/prefix`, of files that go up and down whole.
-
-    Every method raises InputError where S3 does not do it.
-    """
-
-    def __init__(self, url):
-        """Name the folder; nothing is asked of S3 yet."""
-        name, _, prefix = url.removeprefix("s3://").partition("/")
-        self.prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-        with s3_errors(name):
-            self.bucket = s3_resource(PATIENT).Bucket(name)
-
-    def _errors(self, name):
-        return s3_errors(self.bucket.name, self.prefix + name)
-
-    def check_writable(self, name):
-        """Raise InputError unless this file could be put: begins an upload and gives it up."""
-        with self._errors(name):
-            target = s3_resource().Object(self.bucket.name, self.prefix + name)
-            target.initiate_multipart_upload().abort()
-
-    def names(self, start=""):
-        """Names of the files, or of those whose name starts so."""
-        with s3_errors(self.bucket.name, self.prefix):
-            listed = self.bucket.objects.filter(Prefix=self.prefix + start)
-            return [obj.key.removeprefix(self.prefix) for obj in listed]
-
-    def upload(self, path, name):
-        """Put a local file."""
-        with self._errors(name):
-            self.bucket.upload_file(str(path), self.prefix + name, Config=PARTS)
-
-    def upload_stream(self, stream, name, metadata):
-        """Put what a file object has to read, with a dict of metadata; some twelve parts are in memory.
-
-        If reading raises, nothing is put. Threads may call this and `metadata` at the same time.
-        """
-        with self._errors(name):
-            put, options = self.bucket.meta.client.upload_fileobj, {"Metadata": metadata}
-            put(stream, self.bucket.name, self.prefix + name, ExtraArgs=options, Config=PARTS)
-
-    def metadata(self, name):
-        """The metadata that a file was put with."""
-        with self._errors(name):
-            head = self.bucket.meta.client.head_object
-            return head(Bucket=self.bucket.name, Key=self.prefix + name)["Metadata"]
-
-    def download(self, name, path):
-        """Get a file."""
-        with self._errors(name):
-            self.bucket.download_file(self.prefix + name, str(path), Config=PARTS)
-
-    def delete(self, name):
-        """Delete a file."""
-        with self._errors(name):
-            self.bucket.Object(self.prefix + name).delete()
-
-
-@contextlib.contextmanager
-def s3_errors(bucket, key=""):
-    """Turn whatever boto3 raises into an InputError that names bucket and key."""
-    transfer_errors = (RetriesExceededError, S3DownloadFailedError, S3ValidationError)
-    try:
-        yield
-    except (BotoCoreError, Boto3Error, ClientError, *transfer_errors, OSError, ValueError) as error:
-        place = f"{bucket}/{one_line(key)}" if key else bucket
-        raise InputError(f"s3://{place}: {explain(error)}") from error
 
 
 # A tar as it is listed; `size` is in bytes.
 Tar = namedtuple("Tar", "key etag size")
 
 # References to what a load task makes of one part of a tar: n images uint8 [n, height, width, 3] RGB,
-# or Jpegs; n base names; a dict of `key`, `images` (n), `left_out` (a count), `named` (the first few
-# of those) and `rest` (where the next part begins, or None). `more(rest)` starts to load that part.
+# or Jpegs; n names as `in_directory` has them; a dict of `key`, `images` (n), `left_out` (a count),
+# `named` (the first few of those) and `rest` (where the next part begins, or None). `more(rest)` starts
+# to load that part.
 Loaded = namedtuple("Loaded", "images filenames report more")
 
 
@@ -203,11 +77,13 @@ def list_tars(bucket, prefix):
     Raises InputError where the bucket cannot be listed or holds no tar below the prefix.
     """
     with s3_errors(bucket):
-        objects = s3_resource().Bucket(bucket).objects
-        listed = list(objects.filter(Prefix=prefix))
-        tars = [Tar(obj.key, obj.e_tag, obj.size) for obj in listed if obj.key.endswith(".tar")]
+        pages = data_client(**s3_location()).get_paginator("list_objects").paginate
+        found = [page.get("Contents", []) for page in pages(Bucket=bucket, Prefix=prefix)]
+        listed = [obj for page in found for obj in page]
+        tars = [Tar(o["Key"], o["ETag"], o["Size"]) for o in listed if o["Key"].endswith(".tar")]
         if not tars:
-            keys = [obj.key for obj in listed[:3]] or [obj.key for obj in objects.limit(3)]
+            there = listed or next(iter(pages(Bucket=bucket))).get("Contents", [])
+            keys = [obj["Key"] for obj in there[:3]]
             there = f"there are: {', '.join(map(one_line, keys))}" if keys else "the bucket is empty"
             missing = f"no key with the prefix {one_line(prefix)!r} ends in .tar"
             raise InputError(f"s3://{bucket}: {missing}; {there}")
@@ -218,11 +94,11 @@ def estimate_images(bucket, tars):
     """About how many images some tars hold, from the sizes of all and the head of the first."""
     total, head = sum(tar.size for tar in tars), b""
     if tars[0].size:
-        first = s3_resource().Object(bucket, tars[0].key)
+        client, first = data_client(**s3_location()), {"Bucket": bucket, "Key": tars[0].key}
         # A body that breaks off is not read again: there is an answer without it.
         broken = contextlib.suppress(IncompleteReadError, HTTPClientError)
         with s3_errors(bucket, tars[0].key), broken:
-            head = first.get(Range="bytes=0-1048575")["Body"].read()
+            head = client.get_object(**first, Range="bytes=0-1048575")["Body"].read()
     members = [member for _, member in walk(io.BytesIO(head), 0, len(head)) if member]
     ends = [member.offset_data + member.size for member in members if member.isreg()]
     whole = [end for end in ends if end <= len(head)]
@@ -318,7 +194,12 @@ def load_tarfile(bucket, tar, start, size, stored, where):
     """What a load task does: a part of a Tar as images, their names and a report, as in Loaded."""
     cv2.setNumThreads(1)  # tasks run side by side
     with contextlib.closing(S3Tar(bucket, tar, where)) as file:
-        images, names, left_out, rest = decode_part(file, size, stored, start)
+        images, paths, left_out, rest = decode_part(file, size, stored, start)
+    if not paths and any(why == A_TAR for _, why in left_out):
+        hint = "holds tars, no images: put it into a bucket with stage_imagenet.py"
+        raise InputError(f"s3://{bucket}/{one_line(tar.key)}: {hint}")
+    directory = tar.key.rpartition("/")[2].removesuffix(".tar")  # a tar of ImageNet is that of a class
+    names = [in_directory(path, directory) for path in paths]
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
     counts = {"images": len(names), "left_out": len(left_out)}
     return images, names, {"key": tar.key, "named": named, "rest": rest} | counts
@@ -395,16 +276,25 @@ def download(bucket, key, config=PATIENT):
     return body.getvalue()
 
 
-@functools.cache
-def _client(config, **where):
-    return s3_resource(config, **where).meta.client
+_client = functools.cache(data_client)  # a new one takes 50 ms
+
+
+def in_directory(path, outside=""):
+    """A path's `directory/name`, by which an image and its label find each other.
+
+    `outside` is the directory of a path that has none. Slashes of both kinds separate, and letters are
+    composed: Macs write accents on their own.
+    """
+    *directories, name = re.split(r"[/\\]", unicodedata.normalize("NFC", path))
+    return f"{([outside] + [d for d in directories if d not in ('', '.')])[-1]}/{name}"
 
 
 def read_labels(bucket, key, num_classes):
     """The label file, lines of `directory/name.JPEG label`, as a dict name.JPEG -> int.
 
+    A name that has other labels in other directories is there as SEVERAL, and by `directory/name.JPEG`.
     Raises InputError with the line number for a line that is malformed, a label that is no integer
-    or outside 0..num_classes-1, and a name that has two labels.
+    or outside 0..num_classes-1, and a name that has two labels in one directory.
     """
     return parse_labels(download(bucket, key), num_classes, f"s3://{bucket}/{one_line(key)}")
 
@@ -412,25 +302,41 @@ def read_labels(bucket, key, num_classes):
 def parse_labels(data, num_classes, place):
     """`read_labels` on the file's bytes; `place` names it in errors."""
     try:
-        lines = data.decode("utf-8").split("\n")
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{place}, line {line}: not text; is it a label file?") from error
-    labels = {}
+    labels, several = {}, set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        path, *rest = line.split()
-        name, here = posixpath.basename(path), f"{place}, line {number}"
-        if not name or len(rest) != 1:
+        path, label = _fields(line)
+        name, here = in_directory(path).partition("/")[2], f"{place}, line {number}"
+        if not name or not label:
             raise InputError(f"{here}: not `directory/name.JPEG label`: {shorten(line)}")
-        label = rest[0]
         if not (re.fullmatch("[0-9]{1,9}", label) and int(label) < num_classes):
             raise InputError(f"{here}: label {shorten(label)} is no integer in 0..{num_classes - 1}")
         if labels.setdefault(name, int(label)) != int(label):
-            raise InputError(f"{here}: {shorten(name)} already has label {labels[name]}")
+            several.add(name)
     if not labels:
         raise InputError(f"{place}: holds no label; is it a label file?")
+    return labels | dict.fromkeys(several, SEVERAL) | _by_directory(lines, several, place)
+
+
+def _fields(line):
+    """What a line of the label file has before its last field, and that field."""
+    return re.fullmatch(r"\s*(.*?)(?:[ \t]+(\S+))?\s*", line).groups()
+
+
+def _by_directory(lines, names, place):
+    """The labels of some names by their directories, from the lines of a label file."""
+    labels = {}
+    for number, line in enumerate(lines if names else [], 1):
+        path, label = _fields(line)
+        key = in_directory(path)
+        if key.partition("/")[2] in names and labels.setdefault(key, int(label)) != int(label):
+            why = f"{shorten(key.strip('/'))} already has label {labels[key]}"
+            raise InputError(f"{place}, line {number}: {why}")
     return labels
 
 

@@ -4,8 +4,11 @@
 
 SOURCE is ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz (or that
 folder) beside it, or a folder that holds all of these, or a folder of train/nXXXXXXXX/*.JPEG and
-val/nXXXXXXXX/*.JPEG. Where val/ has no class folders, as Kaggle's, the devkit or Kaggle's
-LOC_val_solution.csv must lie in SOURCE.
+val/nXXXXXXXX/*.JPEG (also Kaggle's, below ILSVRC/Data/CLS-LOC, and Tiny ImageNet's, with a folder
+images/ in each class), or of class tars, or a tar of such folders. Where val/ has no class folders, the
+devkit, Kaggle's LOC_val_solution.csv or Tiny ImageNet's val_annotations.txt must lie in val/, SOURCE or
+above.
+Files that are no images by their first bytes are left out, counted and named.
 
 Nothing is unpacked to disk. Every tar is written anew from its images, so that all layouts give the
 same bytes, and carries a fingerprint of them: the same command, run again, uploads only what is missing
@@ -28,12 +31,14 @@ import simplejpeg
 from tqdm import tqdm
 
 import decoding
-import imagenet
+from decoding import one_line
 from ilsvrc2012 import TRAIN, VAL, caffe_labels, find_tars
-from imagenet import InputError, one_line
+from places import S3Folder
+from s3 import InputError
 
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
 JPEG_QUALITY = 90  # of resized images
+MAX_NAMED = 5  # files that are named of those that are left out
 
 
 def new_fingerprint(side):
@@ -102,13 +107,14 @@ class Stream:
 
 
 def stage_tar(folder, there, key, list_images, side, stop):
-    """Put a tar into the folder unless it is there. Returns whether it was put, and its images."""
-    images, sha = list_images(), new_fingerprint(side)
+    """Put a tar into the folder unless it is there. Returns whether it was put, and its Listing."""
+    listing, sha = list_images(), new_fingerprint(side)
+    images = listing.images
     for _ in read_images(images, stop, sha):
         pass
     fingerprint = sha.hexdigest()
     chunks = tar_bytes(images, side, stop, fingerprint)
-    return put(folder, there, key, chunks, fingerprint), images
+    return put(folder, there, key, chunks, fingerprint), listing
 
 
 def put(folder, there, key, chunks, fingerprint):
@@ -120,24 +126,22 @@ def put(folder, there, key, chunks, fingerprint):
 
 
 def stage_tars(name, tars, folder, there, side):
-    """Put all tars of "train" or "val", several at a time; returns the text of their label file.
+    """Put all tars of "train" or "val", several at a time.
 
-    A progress bar on a terminal, plain lines elsewhere. Raises InputError.
+    Returns the text of their label file, and what was left out. A progress bar on a terminal, plain
+    lines elsewhere. Raises InputError.
     """
-    wnids, uploaded, stop = {}, 0, threading.Event()
+    lines, others, count, uploaded, stop = set(), [], 0, 0, threading.Event()
     pool = ThreadPoolExecutor(max(TARS_AT_ONCE, os.cpu_count() if side else 0))
     bar = tqdm(total=len(tars), desc=f"Staging {name}", unit="tar", disable=not sys.stderr.isatty())
     try:
         # A generator, so that nobody keeps the finished jobs with their lists of images.
         jobs = (pool.submit(stage_tar, folder, there, *tar, side, stop) for tar in tars.items())
         for done, job in enumerate(as_completed(jobs), 1):
-            new, images = job.result()
-            uploaded += new
-            for image in images:
-                if wnids.setdefault(image.name, image.wnid) != image.wnid:
-                    both = f"{one_line(image.name)} is in {wnids[image.name]}, too"
-                    why = "the driver tells images by their name alone, so rename one"
-                    raise InputError(f"{image.path}: {both}; {why}")
+            new, listing = job.result()
+            uploaded, count = uploaded + new, count + len(listing.images)
+            lines |= {label_line(image) for image in listing.images}
+            others += listing.others
             bar.set_postfix(uploaded=uploaded, refresh=False)
             bar.update()
             if bar.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
@@ -146,26 +150,39 @@ def stage_tars(name, tars, folder, there, side):
         stop.set()
         pool.shutdown(cancel_futures=True)
         bar.close()
-    print(f"{name}: {len(wnids)} images in {len(tars)} tars, {uploaded} of them uploaded")
-    labels = caffe_labels()
-    return "".join(sorted(f"{wnid}/{image} {labels[wnid]}\n" for image, wnid in wnids.items()))
+    print(f"{name}: {count} images in {len(tars)} tars, {uploaded} of them uploaded")
+    return "".join(sorted(lines)), others
+
+
+def label_line(image):
+    """The line of the label file about an image; its name has its class already if others share it."""
+    name = image.name if "/" in image.name else f"{image.wnid}/{image.name}"
+    return f"{name} {caffe_labels()[image.wnid]}\n"
+
+
+def say_left_out(others):
+    """Count the files that are no images, and name the first few."""
+    if others:
+        named = ", ".join(one_line(name)[:100] for name in sorted(others)[:MAX_NAMED])
+        print(f"{len(others)} files or folders hold no image and are left out: {named}")
 
 
 def stage(source, url, side):
     """Put SOURCE into `s3://bucket/prefix`: all tars, then the label files. Raises InputError."""
-    tars = find_tars(source)
-    folder = imagenet.S3Folder(url)
-    folder.check_writable("train.txt")
+    tars, others = find_tars(source)
+    folder = S3Folder(url)
+    folder.check(only_puts=True)
     there = {key for start in (TRAIN, VAL, "train.txt", "val.txt") for key in folder.names(start)}
-    texts = {name: stage_tars(name, tars[name], folder, there, side) for name in tars}
-    for name, text in texts.items():
+    staged = {name: stage_tars(name, tars[name], folder, there, side) for name in tars}
+    say_left_out(others + [other for _, left_out in staged.values() for other in left_out])
+    for name, (text, _) in staged.items():
         data = text.encode()
         put(folder, there, f"{name}.txt", [data], hashlib.sha256(data).hexdigest())
     ours = {key for keys in tars.values() for key in keys}
     directories = {key.partition("/")[0] for key in ours}
-    if others := {key for key in there if key.partition("/")[0] in directories} - ours:
-        first = f"{folder.prefix}{one_line(min(others))}"
-        print(f"Not of {source}, but there: {first}, {len(others)} in all")
+    if strange := {key for key in there if key.partition("/")[0] in directories} - ours:
+        first = f"{folder.prefix}{one_line(min(strange))}"
+        print(f"Not of {source}, but there: {first}, {len(strange)} in all")
     prefix = shlex.quote(folder.prefix) if folder.prefix else ""
     flags = f"--s3-bucket {folder.bucket.name}"
     if "train" in tars:
@@ -186,12 +203,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.resize is not None and not 1 <= args.resize <= 1024:
         parser.error("--resize must be 1 to 1024")
-    if not re.fullmatch("s3://[^/]+(/.*)?", args.url):
+    if not re.fullmatch("(?i:s3)://[^/]+(/.*)?", args.url):
         parser.error(f"{args.url} is not s3://bucket or s3://bucket/prefix")
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        stage(args.source, args.url, args.resize)
-    except (InputError, OSError) as error:
+        stage(args.source.expanduser(), f"s3{args.url[2:]}", args.resize)
+    except BrokenPipeError:  # whoever read the output has gone
+        return 128 + signal.SIGPIPE
+    except (InputError, OSError, RuntimeError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

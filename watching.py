@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ray
 
-from imagenet import InputError
+from s3 import InputError
 
 MAX_ENDED = 5  # processes that a data task may end before it is given up, also those of its hangs
 

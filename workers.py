@@ -14,9 +14,11 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 import cluster
 from adding import all_finite, mean_of
-from cluster import CRASHES_IN_A_ROW, ClusterError, Patience, Room, ask, lives, on_node
+from cluster import CRASHES_IN_A_ROW, Patience, Room, ask, lives, on_node
 from functions import CPU_SLICE, Worker, aligned_empty, generator
-from imagenet import PATIENCE, InputError
+from imagenet import PATIENCE
+from joining import ClusterError, carried
+from s3 import InputError
 from watching import waits
 
 SLICES_LEFT_FREE = 2  # of the CPUs that a worker uses, for data tasks and a helper beside it
@@ -72,8 +74,6 @@ class Workers:
         self._up = {}  # number -> Member
         self._starting = {}  # reference of its Place, once the worker is up -> Starting
         self._in_bfloat16 = False  # a worker whose CPU has no instructions for it would take minutes
-        if resources["gpus"] != int(resources["gpus"]):
-            raise ClusterError(f"GPUS_PER_WORKER = {resources['gpus']}: name a whole number of GPUs")
         if shortage := self._shortage():
             if not can_grow:
                 raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
@@ -113,6 +113,7 @@ class Workers:
                 num_cpus=self._resources["cpus"] - SLICES_LEFT_FREE * CPU_SLICE,
                 num_gpus=self._resources["gpus"],
                 scheduling_strategy=on_node(node),
+                **carried(),
             ).remote(self._network)
             deadline = time.monotonic() + self._patience
             self._starting[actor.place.remote()] = Starting(number, actor, node, deadline)

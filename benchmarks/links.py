@@ -84,9 +84,9 @@ def measure(megabytes, repeats):
     import ray
 
     import cluster
+    import joining
 
-    os.environ["RAY_ADDRESS"] = f"{NETWORK}.1:{PORT}"
-    cluster.connect()
+    joining.connect(f"{NETWORK}.1:{PORT}")
     helpers = cluster.Helpers()
     others = [node["NodeID"] for node in cluster.nodes_alive() if node["NodeID"] != helpers.here]
     ray.get([helpers.on(node).fetch.remote([]) for node in others])

@@ -32,6 +32,8 @@ import decoding
 import driver
 import functions
 import imagenet
+import joining
+import s3
 import workers
 from results import Report
 from stage_imagenet import resize
@@ -118,7 +120,7 @@ def load_tar_as_written(tar, where):
 
 def load_as_written(tars, tasks):
     """The write-up's way, in the same kind of tasks as ours."""
-    where = imagenet.s3_location()
+    where = s3.s3_location()
     options = {"num_returns": 2, "scheduling_strategy": "SPREAD"}
     return wait_for([tasks.start(load_tar_as_written, tar, where, **options) for tar in tars])
 
@@ -152,7 +154,7 @@ def load_with_tf_data(tars, **resize):
     """tf.data: downloading beside decoding and resizing in parallel, into batches in memory."""
     import tensorflow as tf  # here, after alexnet, which keeps it quiet as it starts
 
-    where = imagenet.s3_location()
+    where = s3.s3_location()
 
     def members():
         for tar in tars:
@@ -233,7 +235,7 @@ def load_and_time(tar, where):
 
 def images_per_cpu_second_in_tasks(tars, tasks):
     """Images that our load tasks load in a CPU-second of theirs."""
-    where = imagenet.s3_location()
+    where = s3.s3_location()
     loaded = ray.get([tasks.start(load_and_time, tar, where) for tar in tars])
     images, seconds = zip(*loaded, strict=True)
     return sum(images) / sum(seconds)
@@ -272,7 +274,7 @@ def idle():
 
 def peak_memory(tars):
     """MB that the task that loads a tar takes at its peak, above a worker that has done nothing."""
-    cluster.connect(num_cpus=1)
+    joining.connect(num_cpus=1)
     start = 0
     while not start:  # the worker may end before it is looked at
         start = measuring.private_memory(ray.get(idle.remote()))
@@ -341,7 +343,7 @@ def start_workers(can_grow):
 
 def connect_and(part):
     """Connect to a Ray, then do a part of driver.py. Returns the time then."""
-    done = part(cluster.connect())
+    done = part(joining.connect())
     end = time.monotonic()
     del done  # the end of workers takes time
     ray.shutdown()
@@ -407,7 +409,7 @@ def main():
         print_cells("", "ours", "other", "unit", "ratio", "target", "")
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
-        cluster.connect(num_cpus=CPUS, _system_config=warm)
+        joining.connect(num_cpus=CPUS, _system_config=warm)
         tasks = data_tasks()
         report(*speeds(tars, tasks, copies * len(photos), args.repeats))
         report(overhead(tars, tasks, photos, args.repeats))

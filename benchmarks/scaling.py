@@ -93,8 +93,8 @@ def measure(nodes, workers, one_set, args):
     """Run driver.py on so many nodes of so many workers; returns the number of the driver's node; of
     each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]; and the MB of
     memory that a worker has."""
-    import cluster
     import driver
+    import joining
 
     driver.NUM_WORKERS, driver.CPUS_PER_WORKER = workers * nodes, args.cpus
     driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = args.precision, 0.0, 0.0
@@ -122,7 +122,7 @@ def measure(nodes, workers, one_set, args):
         for _ in range(nodes - 1):
             machines.add_node(**size)
         os.environ["RAY_ADDRESS"] = machines.address
-        cluster.connect()
+        joining.connect(machines.address)
         head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
         flags = ["--s3-bucket", "scaling", "--iterations", str(warm_up + args.iterations)]
         actor = functions.Worker if args.compute else Returner

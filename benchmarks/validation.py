@@ -18,6 +18,7 @@ from measuring import NUM_CLASSES, WORKERS, Peer, initial_weights, serve, spread
 import alexnet
 import cluster
 import functions
+import joining
 import results
 import workers
 from functions import VALIDATION_STEP
@@ -39,7 +40,7 @@ def forward(pipe, rank, precision):
 def start_workers(precision):
     """Workers that are up and have weights."""
     os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
-    can_grow = cluster.connect(num_cpus=WORKERS)
+    can_grow = joining.connect(num_cpus=WORKERS)
     network = {"layers": alexnet.LAYERS, "num_classes": NUM_CLASSES}
     run = {"helpers": cluster.Helpers(), "timeouts": (300, 100), "report": results.Report()}
     share = {"cpus": 1, "gpus": 0}

@@ -118,6 +118,8 @@ def drive(url, form, rounds, iterations, store, cold):
     The first iteration computes; its end is that of loading, labelling and shuffling, and one step.
     """
     start, moments = time.monotonic(), {"MB of a task": 0, "MB of the driver": 0}
+    if store:  # Ray reads it when it loads
+        os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(store * 10**6)
     import ray
     from ray._private.internal_api import memory_summary  # what `ray memory --stats-only` prints
 
@@ -161,8 +163,6 @@ def drive(url, form, rounds, iterations, store, cold):
         return sum(map(int, re.findall(r"Spilled (\d+) MiB", text)))
 
     settings = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", "RAY_ADDRESS": "local"}
-    if store:
-        os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(store * 10**6)
     os.environ.update(settings, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
     driver.STORED, driver.SHUFFLE_ROUNDS = form, rounds
     speeds = []

@@ -10,6 +10,7 @@ import pytest
 import ray
 
 import cluster
+import joining
 from tests import support
 
 
@@ -27,7 +28,7 @@ def one_ray(s3):
     """The address of a Ray of 2 CPUs and 2 GPUs that are none, which knows the S3 server."""
     os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
     settings = {"object_store_memory": 500 * 2**20, "_system_config": support.WARM}
-    cluster.connect(num_cpus=2, num_gpus=2, **settings)
+    joining.connect(num_cpus=2, num_gpus=2, **settings)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

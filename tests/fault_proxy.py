@@ -24,6 +24,7 @@ class Request:
     key: str
     range: str | None
     fault: object
+    headers: dict
     sent: int = 0
 
 
@@ -84,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         key = urlsplit(self.path).path.rpartition("/")[2]
         fault = self.server.next_fault(self.command, key)
-        request = Request(self.command, self.path, key, self.headers["Range"], fault)
+        headers = dict(self.headers)
+        request = Request(self.command, self.path, key, self.headers["Range"], fault, headers)
         self.server.requests.append(request)
         if fault in ERRORS:
             self._error(int(fault), ERRORS[fault])

@@ -9,7 +9,7 @@ from ml_dtypes import bfloat16
 
 import adding
 import alexnet
-import results
+import saving
 from imagenet import InputError
 from tests.support import THIN
 
@@ -266,7 +266,7 @@ def place(request, tmp_path):
 
 
 def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
-    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path), print)
+    network, checkpoints = thin_network(), saving.Checkpoints(str(tmp_path), print)
     for iteration in range(6):  # of which 0 needs none
         save(checkpoints, iteration, network)
     assert tf.train.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
@@ -278,13 +278,13 @@ def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
 
 def test_resume_restores_weights_and_momentum(place):
     network = thin_network(momentum=0.9)
-    assert results.Checkpoints(place, print).newest() == results.Start(place)
+    assert saving.Checkpoints(place, print).newest() == saving.Start(place)
     gradients = [np.ones_like(w) for w in network.weights()]
     network.apply(gradients, 1.0, 0.1)
-    save(results.Checkpoints(place, print), 1, network)
+    save(saving.Checkpoints(place, print), 1, network)
     network.apply(gradients, 1.0, 0.1)
-    start = results.Checkpoints(place, print).newest()
-    assert start._replace(state=None) == results.Start(place, None, 1, 2, "float32", "pixels", RUN)
+    start = saving.Checkpoints(place, print).newest()
+    assert start._replace(state=None) == saving.Start(place, None, 1, 2, "float32", "pixels", RUN)
     other = thin_network(momentum=0.9)
     other.restore(start.state)
     other.apply(gradients, 1.0, 0.1)
@@ -294,13 +294,13 @@ def test_resume_restores_weights_and_momentum(place):
 
 def test_without_a_place_nothing_is_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save(results.Checkpoints(None, print), 1, thin_network())
-    assert results.Checkpoints(None, print).newest() == results.Start(None)
+    save(saving.Checkpoints(None, print), 1, thin_network())
+    assert saving.Checkpoints(None, print).newest() == saving.Start(None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_path):
-    network, checkpoints = thin_network(), results.Checkpoints(str(tmp_path), print)
+    network, checkpoints = thin_network(), saving.Checkpoints(str(tmp_path), print)
     for iteration in (1, 2, 3):
         save(checkpoints, iteration, network)
     del checkpoints  # as long as they are open, the folder is theirs
@@ -310,17 +310,17 @@ def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_pat
     index.write_bytes(index.read_bytes()[:50])
     (tmp_path / "checkpoint").write_text("nonsense")
     said = []
-    assert results.Checkpoints(str(tmp_path), said.append).newest().iteration == 1
+    assert saving.Checkpoints(str(tmp_path), said.append).newest().iteration == 1
     assert ["ckpt-3" in said[0], "ckpt-2" in said[1]] == [True, True]
     data = tmp_path / "ckpt-1.data-00000-of-00001"
     data.write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint is intact"):
-        results.Checkpoints(str(tmp_path), said.append).newest()
+        saving.Checkpoints(str(tmp_path), said.append).newest()
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path):
-    save(results.Checkpoints(str(tmp_path), print), 1, thin_network())
-    start, said = results.Checkpoints(str(tmp_path), print).newest(), []
+    save(saving.Checkpoints(str(tmp_path), print), 1, thin_network())
+    start, said = saving.Checkpoints(str(tmp_path), print).newest(), []
     with pytest.raises(InputError, match=r"different are SEED \(was 0\)"):
         start.must_match(RUN | {"SEED": "1"}, FIXED, said.append)
     start.must_match(RUN, FIXED, said.append)
@@ -329,20 +329,20 @@ def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_p
     assert said == ["LEARNING_RATE is 0.2 from here on, was 0.1"]
     start.must_match({"WARM_UP": "5", "POWER": "1"}, FIXED, said.append)  # of a program that had none
     assert said[1:] == [f"From here on WARM_UP = 5 and POWER = 1: {tmp_path} is of before that"]
-    results.Start(None).must_match(RUN | {"SEED": "1"}, FIXED, said.append)  # there is none to match
+    saving.Start(None).must_match(RUN | {"SEED": "1"}, FIXED, said.append)  # there is none to match
     assert len(said) == 2
 
 
 def test_a_save_that_fails_is_one_clear_line_and_the_next_one_is_tried(tmp_path):
     said, there, away, network = [], tmp_path / "there", tmp_path / "away", thin_network()
-    checkpoints = results.Checkpoints(str(there), said.append)
+    checkpoints = saving.Checkpoints(str(there), said.append)
     there.rename(away)
     there.write_text("a file in its place")
     save(checkpoints, 1, network)
     assert len(said) == 1 and checkpoints.saved == 0
     assert said[0].startswith("The checkpoint of iteration 1 is not saved: --checkpoint-dir ")
     with pytest.raises(InputError, match="--checkpoint-dir"):
-        results.Checkpoints(str(there / "below"), print)
+        saving.Checkpoints(str(there / "below"), print)
     there.unlink()
     away.rename(there)
     save(checkpoints, 2, network)
@@ -350,8 +350,8 @@ def test_a_save_that_fails_is_one_clear_line_and_the_next_one_is_tried(tmp_path)
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
-    first = results.Checkpoints(str(tmp_path), print)
+    first = saving.Checkpoints(str(tmp_path), print)
     with pytest.raises(InputError, match=f"^--checkpoint-dir {tmp_path}: another run saves here$"):
-        results.Checkpoints(str(tmp_path), print)
+        saving.Checkpoints(str(tmp_path), print)
     del first
-    results.Checkpoints(str(tmp_path), print)
+    saving.Checkpoints(str(tmp_path), print)

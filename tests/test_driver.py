@@ -22,6 +22,7 @@ import driver
 import functions
 import imagenet
 import results
+import saving
 from alexnet import tf
 from tests.fault_proxy import fault_proxy
 from tests.support import (
@@ -94,7 +95,7 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
     assert train(photos, "--iterations", 5, "--checkpoint-dir", tmp_path, report=report) == 0
     assert report.rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
     assert min(report.norms) > 0.01  # each step was shortened
-    state = results.Checkpoints(str(tmp_path), print).newest().state
+    state = saving.Checkpoints(str(tmp_path), print).newest().state
     last_step = [value for name, value in state.items() if name.endswith("/Momentum")]
     length = np.sqrt(sum(np.vdot(part, part) for part in last_step))
     assert length == pytest.approx(0.005 * 0.01, rel=1e-3)
@@ -160,7 +161,7 @@ def held_out(photos, finished):
 def session(finished, held_out):
     """One session with the weights of that run, and all images as it takes them."""
     network = alexnet.AlexNet(THIN, num_classes=10)
-    state = results.Checkpoints(str(finished[1] / "saved"), print).newest().state
+    state = saving.Checkpoints(str(finished[1] / "saved"), print).newest().state
     network.restore(state)
     images, _ = held_out
     return network, (images - images.mean(axis=0).astype(np.float32))[:, 16:240, 16:240]
@@ -216,8 +217,8 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
     network, _ = session
     mean = np.zeros((256, 256, 3), np.float32)
     for place in (str(tmp_path / "network"), f"s3://{bucket}/deep/network"):
-        results.SavedModel(place).write(network, mean + 100)
-        results.SavedModel(place).write(network, mean)
+        saving.SavedModel(place).write(network, mean + 100)
+        saving.SavedModel(place).write(network, mean)
     assert [path.name for path in tmp_path.iterdir()] == ["network"]  # and no leftovers
     for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]:
         path = tmp_path / "s3" / obj["Key"].removeprefix("deep/network/")
@@ -297,16 +298,18 @@ BEHIND_THE_CHECKOUT = """
 import sys
 from pathlib import Path
 import ray
-import cluster, driver
+import os
+import driver, joining
 
-assert cluster.connect()
+assert joining.connect(os.environ["RAY_ADDRESS"])
 checkout = Path(driver.__file__).resolve().parent
 checkout.rename(checkout.with_name("gone"))  # from here on, no node can see it
 
 @ray.remote
 def carried():
-    import adding, alexnet, decoding, functions, imagenet, watching
-    return sorted({str(file) for module in (adding, alexnet, decoding, functions, imagenet, watching)
+    import adding, alexnet, decoding, functions, imagenet, s3, watching
+    modules = adding, alexnet, decoding, functions, imagenet, s3, watching
+    return sorted({str(file) for module in modules
                    for file in Path(module.__file__).parent.iterdir() if file.name != "__pycache__"})
 
 print(*ray.get(carried.remote()), sep="\\n")
@@ -330,6 +333,6 @@ def test_modules_and_nothing_else_reach_nodes_without_the_checkout(one_ray, tmp_
         timeout=120,
     )
     files = [Path(line) for line in output.stdout.split()]
-    carried = "adding", "alexnet", "decoding", "functions", "imagenet", "watching"
+    carried = "adding", "alexnet", "decoding", "functions", "imagenet", "s3", "watching"
     assert sorted(file.name for file in files) == [f"{name}.py" for name in carried], output.stderr
     assert not any({tmp_path, ROOT} & set(file.parents) for file in files)

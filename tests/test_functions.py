@@ -40,10 +40,31 @@ def put_batches(sizes, side=256, stored="pixels"):
 
 def test_convert_looks_names_up_and_reports_the_missing():
     pairs = functions.LabelTable({"a.JPEG": 3, "b.JPEG": 0})
-    labels, report = functions.convert(["b.JPEG", "c.JPEG", "a.JPEG"], pairs)
+    labels, report = functions.convert(["x/b.JPEG", "x/c.JPEG", "x/a.JPEG"], pairs)
     assert labels.dtype == np.int32
     assert labels.tolist() == [0, NO_LABEL, 3]
-    assert report == {"images": 2, "unlabelled": 1, "named": ["'c.JPEG'"]}
+    assert report == {"images": 2, "unlabelled": 1, "named": ["'c.JPEG'"], "doubtful": []}
+
+
+def test_a_name_in_two_directories_is_told_apart_by_the_directory_in_its_tar():
+    """By the tar's own name where it has none: a tar of ImageNet is that of a class."""
+    labels = imagenet.parse_labels(b"n1/x.JPEG 1\nn2/x.JPEG 2\nn3/y.JPEG 3", 10, "train.txt")
+    table = functions.LabelTable(labels)
+    paths = {
+        "t.tar": ["./n2/x.JPEG", "n1\\x.JPEG", "n9/y.JPEG"],
+        "n1.tar": ["x.JPEG"],
+        "z.tar": ["x.JPEG"],
+    }
+    found = {}
+    for tar, some in paths.items():
+        names = [imagenet.in_directory(path, tar.removesuffix(".tar")) for path in some]
+        labels, report = functions.convert(names, table)
+        found[tar] = labels.tolist(), report["doubtful"]
+    assert found == {
+        "t.tar": ([2, 1, 3], []),
+        "n1.tar": ([1], []),
+        "z.tar": ([imagenet.SEVERAL], ["z/x.JPEG"]),
+    }
 
 
 def test_label_table_answers_as_the_dictionary_does():
@@ -56,7 +77,7 @@ def test_label_table_answers_as_the_dictionary_does():
 @STORED
 def test_match_drops_unlabelled_images_and_empty_batches(tasks, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
-    names = [["a", "b"], ["c", "x", "d"], ["y"], []]
+    names = [["t/a", "t/b"], ["t/c", "t/x", "t/d"], ["t/y"], []]
     pairs = ray.put(functions.LabelTable({"a": 0, "b": 1, "c": 2, "d": 3}))
     report = {"key": "a.tar", "images": 1, "left_out": 0, "named": [], "rest": None}
     loaded = [

@@ -17,6 +17,8 @@ from PIL import Image, ImageChops
 import cluster
 import decoding
 import imagenet
+from s3 import s3_location
+from tests.fault_proxy import fault_proxy
 from tests.support import decode_tar, draw_image, encode, jpeg, make_tar
 
 SIZE = [256, 256]
@@ -93,10 +95,13 @@ def test_load_returns_images_names_and_a_report(tasks, s3, bucket):
     images, *rest = one
     assert images.shape == (3, 256, 256, 3) and images.dtype == np.uint8
     report = {"key": "train/a.tar", "images": 3, "left_out": 0, "named": [], "rest": None}
-    assert rest == [["n1_1.JPEG", "n1_2.JPEG", "n1_3.JPEG"], report]
+    assert rest == [["n1/n1_1.JPEG", "n1/n1_2.JPEG", "sub/n1_3.JPEG"], report]
     images, *rest = other
     assert images.shape == (1, 256, 256, 3)
-    assert rest == [["n2_1.JPEG"], {"key": odd, "images": 1, "left_out": 0, "named": [], "rest": None}]
+    assert rest == [
+        ["é +%25 x/n2_1.JPEG"],
+        {"key": odd, "images": 1, "left_out": 0, "named": [], "rest": None},
+    ]
 
 
 def test_images_lie_in_the_order_of_their_names():
@@ -113,16 +118,46 @@ def test_drivers_endpoint_and_region_reach_the_tasks(one_ray, s3, bucket):
     [tar], _ = imagenet.list_tars(bucket, "")
     tasks = cluster.DataTasks(print, 300, print, runtime_env={"env_vars": elsewhere})
     [loaded] = imagenet.load_tarfiles_from_s3(bucket, [tar], SIZE, tasks)
-    assert ray.get(loaded.filenames) == ["a.JPEG"]
+    assert ray.get(loaded.filenames) == ["a/a.JPEG"]
 
 
 def test_location_is_endpoint_and_region_and_no_credentials(s3, monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9999")
     where = {"region_name": "eu-central-1", "endpoint_url": "http://127.0.0.1:9999"}
-    assert imagenet.s3_location() == where
+    assert s3_location() == where
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    assert imagenet.s3_location() == {"region_name": "eu-central-1"}
+    assert s3_location() == {"region_name": "eu-central-1"}
+
+
+def test_region_of_aws_region(s3, monkeypatch):
+    """All of AWS's tools read it, but boto3."""
+    monkeypatch.setenv("AWS_REGION", "eu-west-3")
+    assert s3_location()["region_name"] == "eu-west-3"
+
+
+@pytest.mark.parametrize(
+    "setting, header, value",
+    [
+        ({"AWS_NO_SIGN_REQUEST": "YES"}, "Authorization", None),
+        ({"AWS_REQUEST_PAYER": "requester"}, "x-amz-request-payer", "requester"),
+    ],
+)
+def test_every_request_for_data_is_anonymous_or_paid(s3, bucket, monkeypatch, setting, header, value):
+    tar = make_tar({"a.JPEG": jpeg(picture())})
+    for key, body in ("a.tar", tar), ("train.txt", b"a.JPEG 1"):
+        s3.put_object(Bucket=bucket, Key=key, Body=body, ACL="public-read")
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for name, text in setting.items():
+            monkeypatch.setenv(name, text)
+        [tar], _ = imagenet.list_tars(bucket, "")
+        assert imagenet.estimate_images(bucket, [tar]) > 0
+        assert imagenet.read_labels(bucket, "train.txt", 10) == {"a.JPEG": 1}
+        images, *_ = imagenet.load_tarfile(bucket, tar, 0, SIZE, "pixels", s3_location())
+        assert len(images) == 1
+        headers = [request.headers.get(header) for request in proxy.requests]
+    assert len(headers) >= 4 and set(headers) == {value}
 
 
 def test_changed_object_is_noticed_by_its_etag(tasks, s3, bucket):
@@ -319,7 +354,7 @@ def test_the_disk_is_not_touched(s3, bucket, tmp_path):
     tars, _ = imagenet.list_tars(bucket, "")
 
     def load(tar):
-        images, *_ = imagenet.load_tarfile(bucket, tar, 0, SIZE, "pixels", imagenet.s3_location())
+        images, *_ = imagenet.load_tarfile(bucket, tar, 0, SIZE, "pixels", s3_location())
         return len(images)
 
     load(tars[1])  # the first time, Python caches the modules that it imports
@@ -361,10 +396,17 @@ def test_labels_are_read_from_s3(s3, bucket):
     assert labels == {f"n{i}.JPEG": i % 1000 for i in range(50_000)}
 
 
+def test_labels_of_names_as_people_have_them():
+    """Spaces, backslashes, a byte order mark, accents as Macs write them, a name in two directories."""
+    lines = ["n1/n1_1 (1).JPEG 5", "n1\\b c.JPEG\t6", "n2/e\u0301.JPEG 7", "n1/x.JPEG 1", "n2/x.JPEG 2"]
+    labels = imagenet.parse_labels("\r\n".join(lines).encode("utf-8-sig"), 10, "s3://b/train.txt")
+    several = {"x.JPEG": imagenet.SEVERAL, "n1/x.JPEG": 1, "n2/x.JPEG": 2}
+    assert labels == {"n1_1 (1).JPEG": 5, "b c.JPEG": 6, "é.JPEG": 7} | several
+
+
 LABEL_ERRORS = {
     "no label": (b"a/a.JPEG", 1, "not `directory/name.JPEG label`: 'a/a.JPEG'"),
     "tab without label": (b"a/a.JPEG\t", 1, "not `directory/name.JPEG label`"),
-    "too many fields": (b"a/a.JPEG 1 2", 1, "not `directory/name.JPEG label`"),
     "no name": (b"a/ 1", 1, "not `directory/name.JPEG label`"),
     "a word": (b"a/a.JPEG cat", 1, "label 'cat' is no integer in 0..9"),
     "a fraction": (b"a/a.JPEG 1.0", 1, "label '1.0' is no integer in 0..9"),
@@ -373,7 +415,8 @@ LABEL_ERRORS = {
     "another alphabet's digit": ("a/a.JPEG ٣".encode(), 1, "is no integer in 0..9"),
     "too large": (b"a/a.JPEG 10", 1, "label '10' is no integer in 0..9"),
     "too long for int()": (b"a/a.JPEG " + b"1" * 5000, 1, "label '111"),
-    "two labels": (b"a/a.JPEG 1\nb/b.JPEG 1\nc/a.JPEG 2", 3, "'a.JPEG' already has label 1"),
+    "two labels": (b"a/a.JPEG 1\nb/a.JPEG 1\nx/a/a.JPEG 2", 3, "'a/a.JPEG' already has label 1"),
+    "two labels, no directory": (b"a.JPEG 1\nb.JPEG 1\na.JPEG 2", 3, "'a.JPEG' already has label 1"),
     "line after good and blank ones": (b"a/a.JPEG 1\r\n\r\nb/b.JPEG 2\r\nc\r\n", 4, "not `directory"),
     "Latin-1": (b"a/a.JPEG 1\nb/\xe9.JPEG 2", 2, "not text"),
     "an image": (jpeg(picture()), 1, "not text"),

@@ -7,6 +7,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,11 +16,13 @@ import psutil
 import pytest
 
 import cluster
-import imagenet
+import places
 import results
+import saving
 from tests.fault_proxy import fault_proxy
 from tests.support import (
     ITERATIONS,
+    ROOT,
     assert_clean,
     checksums,
     titled,
@@ -73,7 +77,7 @@ def send_in_the_middle(signum):
 def fetch_newest(place, folder):
     """Download the last checkpoint of a whole run from S3."""
     for name in (f"ckpt-{ITERATIONS}.data-00000-of-00001", f"ckpt-{ITERATIONS}.index", "checkpoint"):
-        imagenet.S3Folder(place).download(name, folder / name)
+        places.S3Folder(place).download(name, folder / name)
 
 
 # ---- signals
@@ -164,6 +168,21 @@ def test_second_signal_waits_for_nothing_and_leaves_no_worker(one_ray, photos, b
     assert len(workers) == 2
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
+
+
+def test_run_whose_output_nobody_reads_any_more_ends_quietly(one_ray, photos, tmp_path):
+    """As with a pipe to `head`: what is trained is saved."""
+    flags = ["--s3-bucket", photos, "--checkpoint-dir", tmp_path]
+    command = [sys.executable, "-u", ROOT / "tests" / "thin_driver.py", "NUM_WORKERS=1", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"RAY_ADDRESS": one_ray}
+    with subprocess.Popen(command, env=environment, **pipes) as run:
+        while not run.stdout.readline().startswith("Iteration 2: loss"):
+            assert run.poll() is None
+        run.stdout.close()
+        assert run.wait(60) == 141
+        assert run.stderr.read() == ""
+    assert saving.Checkpoints(str(tmp_path), print).newest().iteration > 2
 
 
 # ---- saves that fail

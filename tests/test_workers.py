@@ -11,6 +11,7 @@ import adding
 import alexnet
 import cluster
 import functions
+import joining
 import results
 import workers
 from tests.support import THIN, Given, notes, noting_worker, two_workers, workers_of
@@ -34,7 +35,7 @@ def test_room_counts_whole_workers_a_node(one_ray):
 
 def test_more_workers_than_this_machine_holds(one_ray):
     share = {"cpus": 3, "gpus": 0}
-    with pytest.raises(cluster.ClusterError) as caught:
+    with pytest.raises(joining.ClusterError) as caught:
         workers.Workers(
             *(2, share, NETWORK, "float32", cluster.Helpers(), (100, 60), results.Report()),
             can_grow=False,

@@ -1,0 +1,97 @@
+"""What the constants at the top of driver.py may be; a constant that is new there needs a rule here."""
+
+import math
+from numbers import Integral, Real
+from typing import NamedTuple
+
+from alexnet import weight_shapes
+from decoding import one_line
+from s3 import InputError
+
+
+class Rule(NamedTuple):
+    """What a constant must be: a function that tells whether a value is so, and words for it."""
+
+    holds: object
+    words: str
+
+
+def whole(least):
+    """A whole number that is not less."""
+    return Rule(lambda v: isinstance(v, Integral) and v >= least, f"a whole number from {least} on")
+
+
+def number(least, most=math.inf, but=None):
+    """A number between two others, and not a certain one."""
+    words = f"a number from {least} on" if most == math.inf else f"a number from {least} to {most}"
+    return Rule(
+        lambda v: isinstance(v, Real) and least <= v <= most and v != but,
+        words if but is None else f"{words}, but not {but}",
+    )
+
+
+def either(value, rule):
+    """A certain value, or what a rule says."""
+    return Rule(lambda v: v == value or rule.holds(v), f"{value!r} or {rule.words}")
+
+
+def one_of(*values):
+    """One of some values."""
+    return Rule(lambda v: v in values, " or ".join(map(repr, values)))
+
+
+def _are_drops(value):
+    return isinstance(value, list | tuple) and all(number(0).holds(drop) for drop in value)
+
+
+def _are_layers(value):
+    """Whether a table of layers makes a network: each row of a known form, no side of size 0."""
+    try:
+        flags = {flag for kind, *row in value if kind == "conv" for flag in row[3:]}
+        sizes = [size for shape in weight_shapes(value, 1) for size in shape]
+    except Exception:  # a table can be wrong in any way
+        return False
+    known = flags <= {"norm", "pool"} and {kind for kind, *_ in value} <= {"conv", "dense"}
+    return known and all(whole(1).holds(size) for size in sizes)
+
+
+SECONDS = number(0, but=0)
+
+RULES = {
+    "NUM_WORKERS": either(None, whole(1)),
+    "CPUS_PER_WORKER": whole(1),
+    "GPUS_PER_WORKER": whole(0),
+    "WORKER_WAIT": SECONDS,
+    "WORKER_TIMEOUT": SECONDS,
+    "TASK_TIMEOUT": SECONDS,
+    "MINI_BATCH": whole(1),
+    "STORED": one_of(None, "pixels", "jpeg"),
+    "CHECK_TARS": one_of(True, False),
+    "SHUFFLE_ROUNDS": whole(0),
+    "ACCURACY_EVERY": whole(0),
+    "ACCURACY_SAMPLE": whole(1),
+    "VALIDATE_EVERY": whole(0),
+    "CHECKPOINT_EVERY": whole(0),
+    "LEARNING_RATE": number(0, but=0),
+    "LEARNING_RATE_IMAGES": number(0, but=0),
+    "LEARNING_RATE_POWER": number(0, 1),
+    "WARM_UP": number(0),
+    "LEARNING_RATE_DROPS": Rule(_are_drops, "numbers of images in brackets, such as (100_000,)"),
+    "MOMENTUM": number(0, 1, but=1),
+    "WEIGHT_DECAY": number(0),
+    "CLIP_NORM": number(0, but=0),
+    "PRECISION": one_of(None, "float32", "bfloat16"),
+    "KEEP_PROBABILITY": number(0, 1, but=0),
+    "INITIAL_WEIGHTS": either("he", number(0, but=0)),
+    "NUM_CLASSES": whole(1),
+    "LAYERS": Rule(_are_layers, "a table of layers as in alexnet.py, without a layer of size 0"),
+    "SEED": whole(0),
+}
+
+
+def check(values):
+    """InputError unless every constant in a dict of name -> value is as its rule says."""
+    for name in RULES.keys() & values.keys():
+        if not RULES[name].holds(values[name]):
+            value = one_line(repr(values[name]))[:60]
+            raise InputError(f"{name} = {value} in driver.py: it must be {RULES[name].words}")

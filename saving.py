@@ -1,0 +1,331 @@
+"""What a run saves: checkpoints, from which it resumes, and the trained network for use elsewhere.
+
+Both are told a place to write to, which may be None: then they write nothing.
+"""
+
+import contextlib
+import fcntl
+import json
+import re
+import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from alexnet import forward, tf
+from decoding import one_line
+from imagenet import CROP_SIZE
+from places import S3Folder, checked_place, disk_errors, make_writable
+from s3 import InputError
+
+
+@contextlib.contextmanager
+def write_errors(flag, place):
+    """`disk_errors`, and the same of what TensorFlow's writers raise."""
+    try:
+        with disk_errors(flag, place):
+            yield
+    except tf.errors.OpError as error:
+        said = [line for line in error.message.splitlines() if "; " in line] or [one_line(error)]
+        raise InputError(f"{flag} {place}: {said[0].rpartition('; ')[2][:200]}") from error
+
+
+class Start(NamedTuple):
+    """Where a run begins: at a checkpoint, or at iteration 0, where nothing more is known yet.
+
+    `state` is the network's; `mini_batches` and `precision` are those of every iteration; `stored` is
+    the form of the images in memory; `run` is a dict of texts: the constants of driver.py, and
+    fingerprints of the data.
+    """
+
+    place: str | None
+    state: dict | None = None
+    iteration: int = 0
+    mini_batches: int | None = None
+    precision: str | None = None
+    stored: str | None = None
+    run: dict | None = None
+
+    def must_match(self, run, fixed, say):
+        """InputError unless the texts in `run` that are `fixed` are as saved; says what has changed."""
+        was = self.run or {}
+        changed = {key: was[key] for key in run if key in was and was[key] != run[key]}
+        if wrong := [f"{key} (was {was})" for key, was in changed.items() if key in fixed]:
+            what = f"is of another run: different are {', '.join(wrong)}"
+            hint = "restore that or name another --checkpoint-dir"
+            if "tars" in changed:
+                again = "keys or ETags; if the same tars were only uploaded again in another way"
+                hint = f"{again}, set CHECK_TARS = False in driver.py; else {hint}"
+            raise InputError(f"{self.place} {what}; {hint}")
+        for key, was in changed.items():
+            say(f"{key} is {run[key]} from here on, was {was}")
+        if new := [f"{key} = {run[key]}" for key in run if self.run and key not in self.run]:
+            say(f"From here on {' and '.join(new)}: {self.place} is of before that")
+
+
+OWNER = "checkpoint.owner"  # the file in S3 that names the run whose checkpoints these are
+
+STATE = "checkpoint"  # the file in which TensorFlow looks for the names of checkpoints
+
+
+class Checkpoints:
+    """Checkpoints in TensorFlow's own format, which `tf.train` reads; the newest three are kept.
+
+    A checkpoint is the state of an AlexNet and a dict of facts about its run, as JSON. A thread writes
+    it under names that nobody reads and renames them, the index last. Then it goes to S3 in the same
+    order, if `place` is there; the file `checkpoint` names it last.
+    """
+
+    KEPT = 3
+
+    def __init__(self, place, say):
+        """Open a folder or `s3://bucket/prefix`; InputError if it cannot be written, or is in use."""
+        self.place = place = checked_place("--checkpoint-dir", place)
+        self._say, self._ours = say, set()  # names of checkpoints that this program has written
+        self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
+        self._writer, self._writing = ThreadPoolExecutor(1), None
+        self._remote = S3Folder(place) if place and place.startswith("s3://") else None
+        if place:
+            self._scratch = tempfile.TemporaryDirectory() if self._remote else None
+            self._folder = Path(self._scratch.name if self._remote else place).resolve()
+            with write_errors("--checkpoint-dir", place):
+                make_writable(self._folder)
+                if self._remote:
+                    self._remote.check()
+                else:
+                    self._lock_folder()
+                self._find_ours()
+                for leftover in self._folder.glob("ckpt-*.tempstate*"):  # of a save that was killed
+                    leftover.unlink()
+
+    def _find_ours(self):
+        """Note which checkpoints are this program's; InputError if some are another program's."""
+        others = []
+        for name in self._names():
+            if self._remote:
+                self._remote.download(f"{name}.index", self._folder / f"{name}.index")
+            with contextlib.suppress(Exception):  # a damaged one may be anybody's
+                reader = tf.train.load_checkpoint(str(self._folder / name))
+                ours = "facts" in reader.get_variable_to_shape_map()
+                self._ours.add(name) if ours else others.append(name)
+        if self._remote and STATE in self._remote.names(STATE):
+            self._remote.download(STATE, self._folder / STATE)
+        if (state := self._folder / STATE).exists():
+            named = re.findall(r'model_checkpoint_path: "(?:.*/)?(.*)"', state.read_text("latin-1"))
+            known = self._ours if named == [] else [n for n in named if re.fullmatch(r"ckpt-\d+", n)]
+            if len(known) < max(1, len(named)):  # a damaged one is ours if checkpoints are
+                others.append(STATE)
+        if others:
+            which = f"{one_line(others[0])} there is another program's"
+            raise InputError(f"--checkpoint-dir {self.place}: {which}; name another place")
+
+    def _lock_folder(self):
+        """Make a folder this run's, by a lock that ends with the process. For S3, see `claim`."""
+        self._lock = (self._folder / "checkpoint.lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--checkpoint-dir {self.place}: another run saves here") from error
+        except OSError as error:
+            self._say(f"{self.place} has no locks ({error.strerror}): a second run here goes unnoticed")
+
+    def claim(self):
+        """Make a place in S3 this run's: the last to begin has it, and others see that as they save."""
+        if self._remote:
+            self._name = uuid.uuid4().hex
+            (self._folder / OWNER).write_text(self._name)
+            self._remote.upload(self._folder / OWNER, OWNER)
+
+    def close(self):
+        """Leave the place to others."""
+        if self.place and not self._remote:
+            self._lock.close()
+
+    def _check_owner(self):
+        """InputError if another run has claimed this place in S3."""
+        self._remote.download(OWNER, self._folder / OWNER)
+        if (self._folder / OWNER).read_text() != self._name:
+            raise InputError(f"{self.place}: another run saves here now")
+
+    def _names(self):
+        """Names of the complete checkpoints, oldest first: the index is there once the data is."""
+        files = self._remote.names() if self._remote else [path.name for path in self._folder.iterdir()]
+        found = [re.fullmatch(r"ckpt-(\d+)\.index", file) for file in files]
+        return [f"ckpt-{number}" for number in sorted(int(match[1]) for match in found if match)]
+
+    def newest(self):
+        """The Start that the newest intact checkpoint is, or that of iteration 0 where there is none.
+
+        Says which newer ones are damaged; InputError if there are none but damaged ones.
+        """
+        names = self._names() if self.place else []
+        for name in reversed(names):
+            try:
+                if self._remote:
+                    for file in _files(name):
+                        self._remote.download(file, self._folder / file)
+                reader = tf.train.load_checkpoint(str(self._folder / name))
+                # Reading a tensor verifies its checksum.
+                state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+                facts = json.loads(state.pop("facts"))
+                self.saved = self._newest = facts["iteration"]
+                return Start(self.place, state, **{"stored": "pixels"} | facts)
+            except InputError:
+                raise
+            except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
+                self._say(f"{self.place}: {name} is damaged and left out: {one_line(error)[:120]}")
+        if names:
+            raise InputError(f"{self.place}: no checkpoint is intact; remove them to start anew")
+        return Start(self.place)
+
+    def save(self, network, facts):
+        """Write a checkpoint in the background; waits only for the one before it.
+
+        An iteration that has been tried is not tried again. A save that fails is said, no more.
+        """
+        if self.place and network.iteration != self._newest:
+            self.wait()
+            self._newest, facts = network.iteration, facts | {"iteration": network.iteration}
+            network.snapshot()
+            self._writing = self._writer.submit(self._try, network, self._newest, json.dumps(facts))
+
+    def wait(self):
+        """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
+        if self._writing:
+            self._writing.result()
+
+    def _try(self, network, iteration, facts):
+        try:
+            with write_errors("--checkpoint-dir", self.place):
+                self._write(network, iteration, facts)
+            self.saved = iteration
+        except InputError as error:
+            self._say(f"The checkpoint of iteration {iteration} is not saved: {error}")
+
+    def _write(self, network, iteration, facts):
+        name = f"ckpt-{iteration}"
+        if self._remote:
+            self._check_owner()
+        network.save(str(self._folder / name), facts)
+        names = [*(other for other in self._names() if other in self._ours - {name}), name]
+        self._ours.add(name)
+        tf.train.update_checkpoint_state(str(self._folder), name, names[-self.KEPT :])
+        if self._remote:
+            for file in [*_files(name), STATE]:
+                self._remote.upload(self._folder / file, file)
+        for old in names[: -self.KEPT]:
+            for file in reversed(_files(old)):
+                (self._folder / file).unlink(missing_ok=True)
+                if self._remote:
+                    self._remote.delete(file)
+
+
+MODEL = "saved_model.pb"  # an exported network is there once this file is
+
+SCRATCH = ".export-"  # how the folder's name begins in which one is written
+
+
+class SavedModel:
+    """The trained network for use elsewhere, in a folder or `s3://bucket/prefix`, in one piece."""
+
+    def __init__(self, place):
+        """Name where it goes; InputError if that cannot be written or holds something else."""
+        self.place = place = checked_place("--export-dir", place)
+        if not place:
+            return
+        self._remote = S3Folder(place) if place.startswith("s3://") else None
+        if self._remote:
+            self._remote.check()
+        else:
+            self._folder = Path(place).resolve()
+            with write_errors("--export-dir", place):
+                make_writable(self._folder)
+        if self._holds_others():
+            raise InputError(f"--export-dir {place}: holds something else: name a new folder")
+
+    def exists(self):
+        """Whether there is an export already."""
+        if self._remote:
+            return MODEL in self._remote.names(MODEL)
+        return (self._folder / MODEL).exists()
+
+    def _holds_others(self):
+        """Whether there is what this program has not written: another model, or other files."""
+        with write_errors("--export-dir", self.place), tempfile.TemporaryDirectory() as scratch:
+            if self.exists():
+                path = Path(scratch) / MODEL if self._remote else self._folder / MODEL
+                if self._remote:
+                    self._remote.download(MODEL, path)
+                return not _is_export(path.read_bytes())
+        if self._remote:  # where other files may be: none of them is replaced
+            return False
+        names = [path.name for path in self._folder.iterdir()]
+        unfinished = any(name.startswith(SCRATCH) for name in names)  # an export that was killed
+        return not unfinished and any(not n.startswith(".") and n != "lost+found" for n in names)
+
+    def write(self, network, mean):
+        """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
+
+        Its signature "serving_default" takes `images`, uint8 [n, 256, 256, 3], and gives
+        `probabilities`, float32 [n, classes]. An older export is replaced: its saved_model.pb goes
+        first, and the new one comes last, so that nobody loads one model's graph with another's
+        weights. A folder stays the same one, since it can be a mount point.
+        """
+        near = None if self._remote else self._folder
+        scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=near)
+        with write_errors("--export-dir", self.place), scratch as folder:
+            new = Path(folder) / "new"
+            _save_model(new, network, mean)
+            if self._remote:
+                self._upload(new)
+            else:
+                self._move(new, Path(folder))
+
+    def _upload(self, new):
+        if self.exists():
+            self._remote.delete(MODEL)
+        files = [path for path in new.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == MODEL):
+            self._remote.upload(path, path.relative_to(new).as_posix())
+
+    def _move(self, new, scratch):
+        entries = sorted(new.iterdir(), key=lambda path: path.name == MODEL)
+        for old in [self._folder / MODEL, *(self._folder / entry.name for entry in entries)]:
+            if old.exists():
+                old.rename(scratch / f"old-{old.name}")
+        for entry in entries:
+            entry.rename(self._folder / entry.name)
+
+
+def _is_export(data):
+    """Whether the bytes of a saved_model.pb are those of a network that `SavedModel` has written."""
+    # Here, since alexnet.py loads TensorFlow quietly.
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel as Proto
+
+    model = Proto()
+    with contextlib.suppress(DecodeError):
+        model.ParseFromString(data)
+    signatures = [graph.signature_def["serving_default"] for graph in model.meta_graphs]
+    return [([*s.inputs], [*s.outputs]) for s in signatures] == [(["images"], ["probabilities"])]
+
+
+def _save_model(folder, network, mean):
+    margins = [(side - CROP_SIZE) // 2 for side in mean.shape[:2]]
+    top, left = (slice(margin, margin + CROP_SIZE) for margin in margins)
+    with tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as sess:
+        images = tf.placeholder(tf.uint8, [None, *mean.shape], "images")
+        given = network.parameters
+        parameters = [tf.get_variable(v.op.name, v.shape, use_resource=True) for v in given]
+        centred = tf.cast(images[:, top, left], tf.float32) - mean[top, left]
+        probabilities = tf.nn.softmax(forward(centred, parameters, network.layers))
+        for variable, weight in zip(parameters, network.weights(), strict=True):
+            variable.load(weight, sess)
+        outputs = {"probabilities": probabilities}
+        tf.saved_model.simple_save(sess, str(folder), {"images": images}, outputs)
+
+
+def _files(checkpoint):
+    return [f"{checkpoint}.data-00000-of-00001", f"{checkpoint}.index"]

@@ -1,0 +1,100 @@
+"""Which Ray a run is on: private ones, dead ones, addresses of other kinds, and calls from Python."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+import joining
+from tests.support import ROOT, free_port
+
+DRIVER = [sys.executable, ROOT / "driver.py"]
+
+
+def drive(address=None, **environment):
+    """driver.py as a process: its exit status and its lines on standard output and error."""
+    here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    here |= ({"RAY_ADDRESS": address} if address else {}) | environment
+    ended = subprocess.run(DRIVER, env=here, capture_output=True, text=True, timeout=90)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "head", "a:b"])
+def test_addresses_of_other_kinds(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(joining.ClusterError) as caught:
+        joining.find_address(print)
+    hint = "name the cluster's own address, HOST:6379 (http:// is for `ray job submit` alone)"
+    assert str(caught.value) == f"RAY_ADDRESS={address}: {hint}"
+
+
+def test_cluster_that_is_dead_or_no_cluster(s3):
+    """One line within a minute; Ray itself tries for a quarter of an hour."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        for port in (free_port(), silent.getsockname()[1]):
+            start = time.monotonic()
+            status, out, error = drive(f"127.0.0.1:{port}")
+            assert time.monotonic() - start < 60
+            assert (status, out) == (2, "")
+            line = f"error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:{port}: check it"
+            assert error.startswith(line) and error.count("\n") == 1
+
+
+def test_cluster_of_ray_start_that_is_gone(s3):
+    """Ray keeps its address in a file; the run has a Ray of its own then."""
+    folder, gone = Path(tempfile.mkdtemp()), f"127.0.0.1:{free_port()}"  # sockets want a short path
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text(gone)
+    status, out, error = drive(RAY_TMPDIR=str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    assert out.splitlines()[0] == (
+        f"The Ray cluster at {gone}, which `ray start` has started here, does not answer: "
+        "this run has a Ray of its own (`ray stop` forgets the other one)"
+    )
+    assert status == 2 and error.startswith("error: s3://sparknet: no such bucket")
+
+
+def test_sockets_whose_path_is_too_long(tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    status, _, error = drive("local", RAY_TMPDIR=str(long), TMPDIR=str(long))
+    assert status == 2 and error.count("\n") == 1
+    assert error.startswith("error: Ray does not start here: ") and "path" in error
+
+
+FROM_A_NOTEBOOK = """
+import sys, threading
+import ray
+ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=2 * 10**8)
+sys.path.insert(0, {root!r})
+import driver
+from tests import support
+driver.LAYERS, driver.NUM_CLASSES, driver.PRECISION = support.THIN, 10, "float32"
+driver.MINI_BATCH, driver.NUM_WORKERS = support.MINI_BATCH, 1
+flags = ["--s3-bucket", "photos", "--key-prefix", "ILSVRC2012_img_train/n0150000", "--iterations", "1"]
+print("status", driver.main(flags))
+thread = threading.Thread(target=lambda: print("status", driver.main(flags)))
+thread.start()
+thread.join()
+assert ray.is_initialized()
+"""
+
+
+def test_from_python_after_ray_init_from_another_folder_and_in_a_thread(photos, tmp_path):
+    """The Ray was started before anybody knew of the project's modules."""
+    code = FROM_A_NOTEBOOK.format(root=str(ROOT))
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    lines = ended.stdout.splitlines()
+    assert lines.count("status 0") == 2, ended.stdout + ended.stderr
+    assert sum(line.startswith("Iteration 0: loss") for line in lines) == 2

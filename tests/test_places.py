@@ -1,0 +1,249 @@
+"""Places for results: what they may be, what is tried at the start, and what is never touched."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import alexnet
+import driver
+import places
+import results
+import saving
+from alexnet import tf
+from s3 import InputError
+from tests.fault_proxy import fault_proxy
+from tests.support import THIN
+
+MEAN = np.zeros((256, 256, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """The thin network, with weights."""
+    made = alexnet.AlexNet(THIN, 10, rule=driver.update_rule(10))
+    made.restore(made.initial_state("he", np.random.default_rng(0)), 0)
+    return made
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    """A proxy between boto3 and the S3 server."""
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+# ---- what a place may be
+
+
+@pytest.mark.parametrize(
+    "place", ["gs://b/x", "s3a://b", "hdfs://h/x", "s3:/b/x", "s3://", "file:///x"]
+)
+@pytest.mark.parametrize("flag", ["--checkpoint-dir", "--export-dir", "--log-dir"])
+def test_kinds_that_are_not_supported(one_ray, tmp_path, monkeypatch, capsys, flag, place):
+    """No folder is made that is called like one."""
+    monkeypatch.chdir(tmp_path)
+    assert driver.main([flag, place]) == 2
+    kinds = "name a local folder" if flag == "--log-dir" else "name a folder or s3://bucket/prefix"
+    assert capsys.readouterr().err == f"error: {flag} {place}: {kinds}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_spellings_that_are_understood(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    for place, meant in ("S3://b/x", "s3://b/x"), ("~/ck", "/home/x/ck"), ("a:b", "a:b"), (None, None):
+        assert places.checked_place("--export-dir", place) == meant
+
+
+def test_folders_that_a_ray_job_throws_away(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    for place in ("saved", "./saved", str(copy / "saved")):
+        with pytest.raises(InputError, match="a copy|job's copy of its working directory"):
+            places.checked_place("--checkpoint-dir", place)
+    assert places.checked_place("--checkpoint-dir", str(tmp_path)) == str(tmp_path)
+
+
+# ---- S3-compatible stores
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
+@pytest.mark.parametrize("flag", ["--checkpoint-dir", "--export-dir"])
+def test_rights_that_are_missing_are_told_at_the_start(one_ray, bucket, proxy, capsys, flag, method):
+    proxy.always[method] = "403"
+    assert driver.main([flag, f"s3://{bucket}/x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: s3://{bucket}/x/") and "access denied" in error
+
+
+def is_plain(request):
+    """Whether a simple S3-compatible store knows such a request: no parts, no checksums, no chunks."""
+    of_parts = request.method == "POST" or "upload" in request.path
+    names = " ".join(request.headers).lower()
+    chunked = "aws-chunked" in request.headers.get("Content-Encoding", "")
+    return not (of_parts or chunked or "checksum" in names or "trailer" in names)
+
+
+def test_results_need_plain_requests_alone(s3, bucket, proxy, network, tmp_path):
+    """A checkpoint of more than boto3 puts in one piece by itself, and an export."""
+    place = f"s3://{bucket}/x"
+    saved = saving.Checkpoints(place, print)
+    saved.claim()
+    large = tmp_path / "large"
+    large.write_bytes(bytes(20 * 2**20))
+    places.S3Folder(place).upload(large, "large")
+    network.iteration = 1
+    saved.save(network, {"mini_batches": 1, "precision": "float32", "run": {}})
+    saved.wait()
+    assert saved.saved == 1
+    saving.SavedModel(place).write(network, MEAN)
+    assert saving.Checkpoints(place, print).newest().iteration == 1
+    assert len(proxy.requests) > 20 and all(map(is_plain, proxy.requests))
+
+
+# ---- what this program has not written
+
+
+def foreign_checkpoint(folder, name):
+    """Write what another TensorFlow program saves."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        variable = tf.get_variable("x", [3])
+        session.run(tf.global_variables_initializer())
+        return tf.train.Saver([variable]).save(session, str(folder / name))
+
+
+@pytest.mark.parametrize("name", ["ckpt-5", "model.ckpt-5"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_checkpoints_of_another_program_are_never_touched(s3, bucket, tmp_path, name, remote):
+    foreign_checkpoint(tmp_path, name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    place = f"s3://{bucket}/x" if remote else str(tmp_path)
+    if remote:
+        for path, data in before.items():
+            s3.put_object(Bucket=bucket, Key=f"x/{path.name}", Body=data)
+    which = name if name == "ckpt-5" else "checkpoint"
+    with pytest.raises(InputError) as caught:
+        saving.Checkpoints(place, print)
+    why = f"{which} there is another program's; name another place"
+    assert str(caught.value) == f"--checkpoint-dir {place}: {why}"
+    if remote:
+        listed = s3.list_objects_v2(Bucket=bucket)["Contents"]
+        assert sorted(obj["Key"] for obj in listed) == sorted(f"x/{path.name}" for path in before)
+    else:
+        (tmp_path / "checkpoint.lock").unlink()
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_damaged_checkpoints_are_not_deleted(network, tmp_path):
+    """They may be anybody's."""
+    for file in ("ckpt-1.index", "ckpt-1.data-00000-of-00001"):
+        (tmp_path / file).write_bytes(b"damaged")
+    checkpoints = saving.Checkpoints(str(tmp_path), print)
+    for iteration in range(2, 7):
+        network.iteration = iteration
+        checkpoints.save(network, {"mini_batches": 1, "precision": "float32", "run": {}})
+    checkpoints.wait()
+    left = sorted(path.stem for path in tmp_path.glob("*.index"))
+    assert left == ["ckpt-1", "ckpt-4", "ckpt-5", "ckpt-6"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_model_of_another_program_is_not_replaced(s3, bucket, tmp_path, remote):
+    with tf.Graph().as_default(), tf.Session() as session:
+        x = tf.placeholder(tf.float32, [3])
+        tf.saved_model.simple_save(session, str(tmp_path / "model"), {"x": x}, {"y": x + 1})
+    data = (tmp_path / "model" / "saved_model.pb").read_bytes()
+    place = f"s3://{bucket}/x" if remote else str(tmp_path / "model")
+    s3.put_object(Bucket=bucket, Key="x/saved_model.pb", Body=data)
+    with pytest.raises(InputError, match="holds something else: name a new folder$"):
+        saving.SavedModel(place)
+
+
+# ---- exports
+
+
+def test_an_export_into_a_folder_that_cannot_be_replaced(network, tmp_path):
+    """Such as a mount point: the folder stays, and what else is in it."""
+    place = tmp_path / "volume"
+    place.mkdir()
+    (place / "lost+found").mkdir()
+    before = place.stat().st_ino
+    tmp_path.chmod(0o555)
+    try:
+        for mean in (MEAN, MEAN + 100):
+            saving.SavedModel(str(place)).write(network, mean)
+            model = tf.saved_model.load_v2(str(place)).signatures["serving_default"]
+            given = model(tf.constant(np.zeros((1, 256, 256, 3), np.uint8)))["probabilities"].numpy()
+            assert np.isclose(given.sum(), 1, atol=1e-5)
+    finally:
+        tmp_path.chmod(0o755)
+    assert place.stat().st_ino == before
+    names = {path.name for path in place.iterdir()}
+    assert names - {"fingerprint.pb"} == {"lost+found", "saved_model.pb", "variables"}
+
+
+def test_an_export_that_was_killed_is_made_anew(network, tmp_path):
+    (tmp_path / "x" / ".export-1").mkdir(parents=True)
+    (tmp_path / "x" / "variables").mkdir()
+    saving.SavedModel(str(tmp_path / "x")).write(network, MEAN)
+    assert (tmp_path / "x" / "saved_model.pb").exists()
+
+
+def test_an_export_on_a_full_disk_says_why_and_leaves_the_old_one(network, tmp_path):
+    place = str(tmp_path / "x")
+    saving.SavedModel(place).write(network, MEAN)
+    before = {path: path.read_bytes() for path in Path(place).rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError) as caught:
+            saving.SavedModel(place).write(network, MEAN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == f"--export-dir {place}: File too large"
+    assert {path: path.read_bytes() for path in Path(place).rglob("*") if path.is_file()} == before
+
+
+# ---- standard output
+
+
+SAYS = """
+import sys
+sys.path.insert(0, {root!r})
+import results
+report = results.Report()
+report.listen(lambda error: print(repr(error), file=sys.stderr))
+for line in ("n\\u00e9 \\udc80", "second", "third"):
+    report.say(line)
+"""
+
+
+def says(stdout, **environment):
+    """What a Report with a standard output says on standard error, as a process."""
+    code = SAYS.format(root=str(Path(results.__file__).parent))
+    command = [sys.executable, "-c", code]
+    options = {"stdout": stdout, "stderr": subprocess.PIPE, "env": os.environ | environment}
+    return subprocess.run(command, **options, check=True)
+
+
+def test_output_that_cannot_be_written():
+    full = Path("/dev/full").open("w")  # noqa: SIM115, until the process has it
+    assert says(full).stderr == b"OSError('standard output: No space left on device')\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert says(writer).stderr == b"BrokenPipeError('standard output: Broken pipe')\n"
+    os.close(writer)
+
+
+@pytest.mark.parametrize("encoding, line", [("ascii", rb"n\xe9 \udc80"), ("utf-8", rb"n\u00e9 \udc80")])
+def test_letters_that_the_output_does_not_have_are_escaped(encoding, line):
+    ended = says(subprocess.PIPE, PYTHONIOENCODING=encoding)
+    assert ended.stderr == b""
+    wanted = line if encoding == "ascii" else "n\u00e9 \\udc80".encode()
+    assert ended.stdout.splitlines() == [wanted, b"second", b"third"]
