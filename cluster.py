@@ -17,7 +17,7 @@ import watching
 from adding import leaves, share_out
 from functions import CPU_SLICE, TASK_MEMORY, Helper, multiplies_bfloat16, random_batches
 from imagenet import PATIENCE
-from joining import ANSWER, CONNECT, ClusterError, carried
+from joining import CONNECT, ClusterError, carried
 
 SHORT = 0.5  # seconds between two looks whether an answer is still wanted
 ASKED = 3  # times that a node is asked before its silence is an answer
@@ -29,21 +29,10 @@ LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed 
 
 
 def nodes_alive():
-    """The cluster's nodes that are alive, as Ray describes them. ClusterError if nobody knows.
-
-    Ray's own call would wait for its head, and end the process after a minute without a word.
-    """
-    answer = []
-
-    def ask_head():
-        with contextlib.suppress(Exception):  # Ray may have ended meanwhile
-            answer.append(ray.nodes())
-
-    asking = threading.Thread(target=ask_head, daemon=True)
-    asking.start()
-    asking.join(ANSWER)
+    """The cluster's nodes that are alive, as Ray describes them. ClusterError if nobody knows."""
+    answer = watching.within(watching.ANSWER, ray.nodes)
     if not answer:
-        raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
+        raise ClusterError(f"the head of the Ray cluster has not answered for {watching.ANSWER} s")
     return [node for node in answer[0] if node["Alive"]]
 
 
@@ -110,12 +99,12 @@ def ask(node, function, *arguments, closed=None):
 
 
 def _answer(ref, closed):
-    for _ in range(round(ANSWER / SHORT)):
+    for _ in range(round(watching.ANSWER / SHORT)):
         if ray.wait([ref], timeout=SHORT)[0]:
             return ray.get(ref)
         if closed and closed.is_set():
             raise ClusterError("the run ends")
-    raise GetTimeoutError(f"no answer in {ANSWER} s")
+    raise GetTimeoutError(f"no answer in {watching.ANSWER} s")
 
 
 class DataTasks:

@@ -21,6 +21,7 @@ from adding import sum_of_sets
 from decoding import gathered, one_line
 from imagenet import CROP_SIZE, PATIENCE, SEVERAL, report_loading
 from s3 import InputError
+from watching import Wait
 
 # An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
 # for one slice, so that data tasks always find room beside workers: to rebuild a lost block, too.
@@ -69,11 +70,14 @@ def multiplies_bfloat16():
 
 def wait_for(refs, say, what):
     """Wait until all objects are there, and say every PATIENCE seconds how many are. Returns `refs`."""
-    left, count = refs, len(refs)
+    left, count, wait = refs, len(refs), Wait(say)
     while left:
+        before = len(left)
         _, left = ray.wait(refs, num_returns=count, timeout=PATIENCE, fetch_local=False)
+        if len(left) < before:
+            wait.goes_on()
         if left:
-            say(f"{what}: {count - len(left)} of {count} tasks are done")
+            wait.is_long(f"{what}: {count - len(left)} of {count} tasks are done")
     return refs
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from decoding import A_TAR, decode_part, one_line, walk
 from s3 import PATIENT, InputError, data_client, s3_errors, s3_location
+from watching import Wait
 
 IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
 
@@ -146,12 +147,14 @@ def report_loading(bucket, loaded, say):
     """
     parts, ended = [[part] for part in loaded], 0
     left, reports = {part.report: number for number, part in enumerate(loaded)}, []
+    wait = Wait(say)
     bar = tqdm(total=len(left), desc="Loading", unit="tar", disable=not sys.stderr.isatty())
     while left:
         done, _ = ray.wait(list(left), num_returns=1, timeout=PATIENCE)
         if not done:
-            say(f"Loading: {len(left)} tars are still read")
+            wait.is_long(f"Loading: {len(left)} tars are still read")
             continue
+        wait.goes_on()
         number = left.pop(done[0])
         try:
             reports += ray.get(done)

@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import tempfile
-import threading
 from pathlib import Path
 
 import ray
@@ -15,13 +14,12 @@ from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
 from ray._private.utils import read_ray_address
 from ray._raylet import GcsClient
 
-import watching
 from decoding import one_line
+from watching import ANSWER, silent_stderr, within
 
 # What runs on other nodes, too.
 CARRIED_MODULES = ("adding", "alexnet", "decoding", "functions", "imagenet", "s3", "watching")
 
-ANSWER = 20  # seconds in which a healthy cluster answers a short question
 CONNECT = 5  # seconds in which a process on a healthy node can be connected to
 
 
@@ -65,17 +63,10 @@ def _answers(address):
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError):
         return False
-    answers = []
-
-    def ask_head():
-        with contextlib.suppress(Exception):
-            answers.append(GcsClient(address=address).get_all_node_info(timeout=ANSWER))
-
-    asking = threading.Thread(target=ask_head, daemon=True)
     with _silent_core():
-        asking.start()
-        asking.join(ANSWER)
-    return bool(answers)
+        return bool(
+            within(ANSWER, lambda: GcsClient(address=address).get_all_node_info(timeout=ANSWER))
+        )
 
 
 def connect(address="local", **start_options):
@@ -136,7 +127,7 @@ def _silent_core():
     level = os.environ.get("RAY_BACKEND_LOG_LEVEL")
     os.environ["RAY_BACKEND_LOG_LEVEL"] = level or "fatal"
     try:
-        with watching.silent_stderr():  # or it would say that there is a level
+        with silent_stderr():  # or it would say that there is a level
             yield
     finally:
         if not level:  # processes of a Ray that is started here write their logs as usual

@@ -3,13 +3,20 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
 import ray
+from ray._private.state import state
+from ray.core.generated import common_pb2, gcs_pb2
 
 from s3 import InputError
+
+ANSWER = 20  # seconds in which a healthy cluster answers a short question
+
+MAX_SHORT = 3  # looks in a row at a wait in which Ray has ended processes, and no task has got through
 
 MAX_ENDED = 5  # processes that a data task may end before it is given up, also those of its hangs
 
@@ -25,6 +32,23 @@ def silent_stderr():
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
+
+
+def within(seconds, function):
+    """What a function returns, in a list, which is empty if it raises something or takes longer.
+
+    Some of Ray's calls wait for its head, and end the process after a minute without a word.
+    """
+    answer = []
+
+    def call():
+        with contextlib.suppress(Exception):  # Ray may have ended meanwhile
+            answer.append(function())
+
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    calling.join(seconds)
+    return answer
 
 
 def process_state(pid):
@@ -71,6 +95,39 @@ def end_stopped(tasks):
             os.kill(int(process.name), signal.SIGKILL)
             ended.append(title)
     return ended
+
+
+def ended_for_memory():
+    """How many processes of this job Ray's memory monitor has ended so far, on all nodes."""
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    # Without a dashboard, Ray tells it nowhere else.
+    tables = within(ANSWER, lambda: state._connect_and_get_accessor().get_worker_table())
+    rows = [gcs_pb2.WorkerTableData.FromString(row) for table in tables for row in table]
+    short = common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY
+    return sum(row.exit_type == short and row.job_id == job for row in rows)
+
+
+class Wait:
+    """A wait for data tasks: says what for, and ends if none gets through because memory is short."""
+
+    def __init__(self, say):
+        """Nothing has been waited for yet; `say` takes a line."""
+        self._say, self._ended, self._in_vain = say, ended_for_memory(), 0
+
+    def goes_on(self):
+        """A task has got through."""
+        self._in_vain = 0
+
+    def is_long(self, what):
+        """No task has got through for a while; InputError where memory was short MAX_SHORT times so."""
+        ended, before = ended_for_memory(), self._ended
+        self._ended, new = ended, max(0, ended - before)
+        short = f"; memory is short: Ray has ended {new} processes meanwhile" if new else ""
+        self._say(f"{what}{short}")
+        self._in_vain = self._in_vain + 1 if new else 0
+        if self._in_vain == MAX_SHORT:
+            hint = "free memory on the nodes, or add nodes"
+            raise InputError(f"{what}, and Ray ends every process because memory is short: {hint}")
 
 
 # A data task that runs: its name, the ids of its node and process, and since when.
