@@ -13,6 +13,7 @@ import ray
 from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
 from ray._private.utils import read_ray_address
 from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
 
 from decoding import one_line
 from watching import ANSWER, silent_stderr, within
@@ -41,8 +42,7 @@ def find_address(say):
             hint = "name the cluster's own address, HOST:6379 (http:// is for `ray job submit` alone)"
             raise ClusterError(f"RAY_ADDRESS={one_line(named)}: {hint}")
         if not _answers(named):
-            hint = "check it, and that RAY_AUTH_MODE and the token are the cluster's"
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={named}: {hint}")
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={named}: check it")
         return named
     started = read_ray_address()  # `ray start` writes it down, and `ray.init` does not
     if started and _answers(started):
@@ -57,16 +57,28 @@ def find_address(say):
 
 
 def _answers(address):
-    """Whether a Ray cluster's head answers at an address. Ray itself would try for 14 minutes."""
+    """Whether a Ray cluster's head answers at an address. Ray itself would try for 14 minutes.
+
+    ClusterError if it wants a token, as clusters of `ray start` do.
+    """
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError):
         return False
+
+    def ask_head():
+        try:
+            return GcsClient(address=address).get_all_node_info(timeout=ANSWER)
+        except AuthenticationError as error:
+            return error
+
     with _silent_core():
-        return bool(
-            within(ANSWER, lambda: GcsClient(address=address).get_all_node_info(timeout=ANSWER))
-        )
+        answers = within(ANSWER, ask_head)
+    if any(isinstance(answer, AuthenticationError) for answer in answers):
+        hint = "export RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token"
+        raise ClusterError(f"the Ray cluster at {address} refuses this run: {hint}")
+    return bool(answers)
 
 
 def connect(address="local", **start_options):

@@ -323,6 +323,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_p
     start, said = saving.Checkpoints(str(tmp_path), print).newest(), []
     with pytest.raises(InputError, match=r"different are SEED \(was 0\)"):
         start.must_match(RUN | {"SEED": "1"}, FIXED, said.append)
+    start = start._replace(run=RUN | {"tars": "a digest"})
+    hint = "if the same tars were only uploaded again in another way, set CHECK_TARS = False"
+    with pytest.raises(InputError, match=hint):
+        start.must_match({"tars": "another"}, ["tars"], said.append)
     start.must_match(RUN, FIXED, said.append)
     assert said == []
     start.must_match(RUN | {"LEARNING_RATE": "0.2"}, FIXED, said.append)

@@ -26,7 +26,8 @@ def test_cluster_yaml_is_of_rays_schema_and_of_the_same_ray():
 
 @pytest.fixture
 def head(s3, tmp_path):
-    """The job address of two nodes that `ray start` has started with a token, and what reaches them."""
+    """Two nodes that `ray start` has started with a token: the address of their jobs, their own, and
+    the environment that reaches them."""
     ray, folder = Path(sys.executable).with_name("ray"), tempfile.mkdtemp()  # sockets want a short path
     port, dashboard = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -45,7 +46,7 @@ def head(s3, tmp_path):
         agents.append(agent)
     for each in [*agents, dashboard]:
         wait_for_port(each)
-    yield f"http://127.0.0.1:{dashboard}", environment
+    yield f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment
     for process in reversed(started):
         process.terminate()
         process.wait(60)
@@ -54,12 +55,12 @@ def head(s3, tmp_path):
 
 def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
     """The modules come with the job's working directory, so that driver.py's would be too many."""
-    address, environment = head
+    jobs, address, environment = head
     work = tmp_path / "work"
     shutil.copytree(ROOT / "tests", work / "tests")
     for module in ROOT.glob("*.py"):
         shutil.copy(module, work)
-    job = ["ray", "job", "submit", "--address", address, "--working-dir", work, "--"]
+    job = ["ray", "job", "submit", "--address", jobs, "--working-dir", work, "--"]
     driver = ["python", "tests/thin_driver.py", "NUM_WORKERS=2", "--s3-bucket", photos]
     driver += ["--iterations", "1", "--export-dir", f"s3://{bucket}/network"]
     ended = subprocess.run(
@@ -74,3 +75,10 @@ def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
     environment = environment | {"RAY_AUTH_TOKEN": "another-token-0123456789abcdef0123456789"}
     refused = subprocess.run([*job, *driver], env=environment, capture_output=True, text=True)
     assert refused.returncode != 0 and "authentication" in (refused.stdout + refused.stderr).lower()
+
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, ROOT / "driver.py"]
+    without |= {"RAY_ADDRESS": address}
+    refused = subprocess.run(command, env=without, capture_output=True, text=True)
+    hint = "export RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token"
+    assert refused.stderr == f"error: the Ray cluster at {address} refuses this run: {hint}\n"

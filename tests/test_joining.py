@@ -1,18 +1,20 @@
 """Which Ray a run is on: private ones, dead ones, addresses of other kinds, and calls from Python."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 
 import joining
+import watching
 from tests.support import ROOT, free_port
 
 DRIVER = [sys.executable, ROOT / "driver.py"]
@@ -26,28 +28,50 @@ def drive(address=None, **environment):
     return ended.returncode, ended.stdout, ended.stderr
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "head", "a:b"])
-def test_addresses_of_other_kinds(monkeypatch, address):
-    monkeypatch.setenv("RAY_ADDRESS", address)
+@pytest.fixture
+def alone(monkeypatch):
+    """As before `ray.init`, whatever this session has started; a head has 3 seconds to answer."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(joining, "ANSWER", 3)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "head", "a:b"])
+def test_addresses_of_other_kinds(alone, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(joining.ClusterError) as caught:
         joining.find_address(print)
     hint = "name the cluster's own address, HOST:6379 (http:// is for `ray job submit` alone)"
     assert str(caught.value) == f"RAY_ADDRESS={address}: {hint}"
 
 
-def test_cluster_that_is_dead_or_no_cluster(s3):
-    """One line within a minute; Ray itself tries for a quarter of an hour."""
+def test_address_at_which_nothing_listens_or_no_cluster(alone, monkeypatch):
+    """Told within a minute; Ray itself tries for a quarter of an hour."""
+    assert watching.ANSWER + joining.CONNECT < 60
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         for port in (free_port(), silent.getsockname()[1]):
-            start = time.monotonic()
-            status, out, error = drive(f"127.0.0.1:{port}")
-            assert time.monotonic() - start < 60
-            assert (status, out) == (2, "")
-            line = f"error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:{port}: check it"
-            assert error.startswith(line) and error.count("\n") == 1
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+            with pytest.raises(joining.ClusterError) as caught:
+                joining.find_address(print)
+            assert str(caught.value) == (
+                f"no Ray cluster answers at RAY_ADDRESS=127.0.0.1:{port}: check it"
+            )
+
+
+def test_cluster_of_another_ray(one_ray):
+    """The session's says for a while that it is one."""
+    head, key = GcsClient(address=one_ray), (b"CLUSTER_METADATA", b"cluster")
+    metadata = head.internal_kv_get(key[0], namespace=key[1])
+    another = json.dumps(json.loads(metadata) | {"ray_version": "2.9.0"}).encode()
+    try:
+        head.internal_kv_put(key[0], another, True, namespace=key[1])
+        status, out, error = drive(one_ray)
+    finally:
+        head.internal_kv_put(key[0], metadata, True, namespace=key[1])
+    assert (status, out) == (2, "") and error.count("\n") == 1
+    assert error.startswith(f"error: the Ray cluster at {one_ray} cannot be joined: Version mismatch")
+    assert "2.9.0" in error
 
 
 def test_cluster_of_ray_start_that_is_gone(s3):
