@@ -344,6 +344,6 @@ def main(argv=None, report=None, actor=functions.Worker):
 
 if __name__ == "__main__":
     status = main()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # it may be closed
         sys.stdout.flush()
     os._exit(status)  # a save that a second signal has given up may still wait for S3, in a thread

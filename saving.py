@@ -115,8 +115,8 @@ class Checkpoints:
             self._remote.download(STATE, self._folder / STATE)
         if (state := self._folder / STATE).exists():
             named = re.findall(r'model_checkpoint_path: "(?:.*/)?(.*)"', state.read_text("latin-1"))
-            known = self._ours if named == [] else [n for n in named if re.fullmatch(r"ckpt-\d+", n)]
-            if len(known) < max(1, len(named)):  # a damaged one is ours if checkpoints are
+            strange = [name for name in named if not re.fullmatch(r"ckpt-\d+", name)]
+            if strange or not (named or self._ours):  # a damaged one is ours if checkpoints are
                 others.append(STATE)
         if others:
             which = f"{one_line(others[0])} there is another program's"

@@ -192,20 +192,15 @@ def test_prefix_without_a_tar(one_ray, s3, bucket, capsys):
     assert line.endswith("no key with the prefix 'b/' ends in .tar; there are: b/1.txt")
 
 
-LABEL_FILES = {
+LABEL_FILES = {  # test_imagenet.py has all that a line can be
     "missing": (None, ": there is no such key; check the flag that names it"),
-    "empty": (b"", ": holds no label; is it a label file?"),
-    "not text": (b"n1/a.JPEG 1\n\xff\xfe\x00", ", line 2: not text; is it a label file?"),
     "malformed": (
         b"n1/a.JPEG 1\nn1/b.JPEG\n",
         ", line 2: not `directory/name.JPEG label`: 'n1/b.JPEG'",
     ),
-    "no integer": (b"n1/a.JPEG one", ", line 1: label 'one' is no integer in 0..9"),
-    "outside": (b"n1/a.JPEG 9\nn1/b.JPEG 10", ", line 2: label '10' is no integer in 0..9"),
-    "twice": (b"n1/a.JPEG 1\nn1/a.JPEG 2", ", line 2: 'n1/a.JPEG' already has label 1"),
     "elsewhere": (
         b"n1/a.JPEG 1\nn2/a.JPEG 2",
-        " has no line for a/a.JPEG, and several labels for that name elsewhere",
+        ": has no line for a/a.JPEG, and several labels for that name elsewhere",
     ),
 }
 
@@ -216,10 +211,7 @@ def test_label_file(thin, one_ray, s3, bucket, capsys, data, why):
     if data is not None:
         s3.put_object(Bucket=bucket, Key="labels/x.txt", Body=data)
     options = ["--s3-bucket", bucket, "--key-prefix", "", "--label-file", "labels/x.txt"]
-    assert (
-        one_error(capsys, *options).replace(": has", " has")
-        == f"error: s3://{bucket}/labels/x.txt{why}"
-    )
+    assert one_error(capsys, *options) == f"error: s3://{bucket}/labels/x.txt{why}"
 
 
 # ---- images and tars
@@ -390,10 +382,9 @@ def test_training_goes_on_with_what_is_usable(thin, one_ray, s3, bucket, tmp_pat
     assert share == "0.0"  # these workers compute nothing
 
 
-@pytest.mark.parametrize("name", ["unlabelled", "unreadable"])
-def test_nothing_usable_left(thin, one_ray, s3, bucket, capsys, name):
-    content = {"unlabelled": photo(), "unreadable": b"no image"}[name]
-    s3.put_object(Bucket=bucket, Key="a.tar", Body=make_tar({f"{name}.JPEG": content}))
+def test_nothing_usable_left(thin, one_ray, s3, bucket, capsys):
+    tar = make_tar({"unlabelled.JPEG": photo(), "unreadable.JPEG": b"no image"})
+    s3.put_object(Bucket=bucket, Key="a.tar", Body=tar)
     s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n1/other.JPEG 1\nn1/unreadable.JPEG 2")
     line = one_error(capsys, "--s3-bucket", bucket, "--key-prefix", "a")
     reason = f"s3://{bucket}/a*: no image is readable and has a label in train.txt"
@@ -404,7 +395,6 @@ def test_nothing_usable_left(thin, one_ray, s3, bucket, capsys, name):
     "flags, message",
     [
         (["--val-prefix", "none/"], ": no key with the prefix 'none/' ends in .tar"),
-        (["--val-prefix", "", "--val-label-file", "none.txt"], "/none.txt: there is no such key"),
         (["--val-prefix", "a"], "/val.txt, line 1: label '99' is no integer in 0..9"),
         (["--val-prefix", "a", "--val-label-file", "other.txt"], "/a*: no image is readable and has a"),
     ],
