@@ -10,6 +10,7 @@ import io
 import math
 import re
 import tarfile
+import zipfile
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,8 @@ def find_tars(source):
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
     tars, others = {}, []
+    if zipfile.is_zipfile(source):
+        raise InputError(f"{source}: unpack it first; then SOURCE can have {KNOWN}")
     if source.is_file():
         others += add_archive(tars, source)
     else:

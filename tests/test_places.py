@@ -1,8 +1,8 @@
 """Places for results: what they may be, what is tried at the start, and what is never touched."""
 
+import io
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -213,37 +213,28 @@ def test_an_export_on_a_full_disk_says_why_and_leaves_the_old_one(network, tmp_p
 # ---- standard output
 
 
-SAYS = """
-import sys
-sys.path.insert(0, {root!r})
-import results
-report = results.Report()
-report.listen(lambda error: print(repr(error), file=sys.stderr))
-for line in ("n\\u00e9 \\udc80", "second", "third"):
-    report.say(line)
-"""
-
-
-def says(stdout, **environment):
-    """What a Report with a standard output says on standard error, as a process."""
-    code = SAYS.format(root=str(Path(results.__file__).parent))
-    command = [sys.executable, "-c", code]
-    options = {"stdout": stdout, "stderr": subprocess.PIPE, "env": os.environ | environment}
-    return subprocess.run(command, **options, check=True)
-
-
-def test_output_that_cannot_be_written():
-    full = Path("/dev/full").open("w")  # noqa: SIM115, until the process has it
-    assert says(full).stderr == b"OSError('standard output: No space left on device')\n"
+def test_output_that_cannot_be_written(monkeypatch):
+    """It is told once."""
     reader, writer = os.pipe()
     os.close(reader)
-    assert says(writer).stderr == b"BrokenPipeError('standard output: Broken pipe')\n"
-    os.close(writer)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for file, error in ((full, "No space left on device"), (writer, "Broken pipe")):
+        told, report = [], results.Report()
+        report.listen(told.append)
+        with monkeypatch.context() as patch, os.fdopen(file, "w") as stream:
+            patch.setattr(sys, "stdout", stream)
+            report.say("first")
+            report.say("second")
+        assert [str(each) for each in told] == [f"standard output: {error}"]
+        assert isinstance(told[0], BrokenPipeError) == (file == writer)
 
 
-@pytest.mark.parametrize("encoding, line", [("ascii", rb"n\xe9 \udc80"), ("utf-8", rb"n\u00e9 \udc80")])
-def test_letters_that_the_output_does_not_have_are_escaped(encoding, line):
-    ended = says(subprocess.PIPE, PYTHONIOENCODING=encoding)
-    assert ended.stderr == b""
-    wanted = line if encoding == "ascii" else "n\u00e9 \\udc80".encode()
-    assert ended.stdout.splitlines() == [wanted, b"second", b"third"]
+@pytest.mark.parametrize(
+    "encoding, said", [("ascii", b"n\\xe9 \\udc80\n"), ("utf-8", b"n\xc3\xa9 \\udc80\n")]
+)
+def test_letters_that_the_output_does_not_have_are_escaped(monkeypatch, encoding, said):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        results.Report().say("n\u00e9 \udc80")
+    assert stream.buffer.getvalue() == said

@@ -9,6 +9,7 @@ import signal
 import tarfile
 import time
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -479,6 +480,13 @@ def cut_at_a_member(tars):
     return path
 
 
+def a_zip(tars):
+    path = tars / "imagenet-object-localization-challenge.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ILSVRC/Data/CLS-LOC/train/n01440764/n01440764_1.JPEG", JPEG_START)
+    return path
+
+
 def without_ground_truth(tars):
     (tars / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     return tars
@@ -515,6 +523,7 @@ def compressed(tars):
         (truncated, f"{TRAIN}.tar: no whole, uncompressed tar (unexpected end of data)"),
         (cut_at_a_member, f"{TRAIN}.tar: a damaged tar, or cut off; copy or download it again"),
         (compressed, f"{TRAIN}.tar: no whole, uncompressed tar"),
+        (a_zip, ".zip: unpack it first; then SOURCE can have ILSVRC2012_img_train.tar, "),
         (without_ground_truth, "put ILSVRC2012_devkit_t12.tar.gz here"),
         (damaged_ground_truth, "ILSVRC2012_devkit_t12.tar.gz: no readable ground truth (EOFError"),
         (short_ground_truth, "the ground truth doesn't know ILSVRC2012_val_00000003.JPEG"),
