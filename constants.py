@@ -1,7 +1,6 @@
 """What the constants at the top of driver.py may be; a constant that is new there needs a rule here."""
 
 import math
-from numbers import Integral, Real
 from typing import NamedTuple
 
 from alexnet import weight_shapes
@@ -17,26 +16,26 @@ class Rule(NamedTuple):
 
 
 def whole(least):
-    """A whole number that is not less."""
-    return Rule(lambda v: isinstance(v, Integral) and v >= least, f"a whole number from {least} on")
+    """The rule for whole numbers from `least` on. NumPy's are none: they are written in another way."""
+    return Rule(lambda v: type(v) is int and v >= least, f"a whole number from {least} on")
 
 
 def number(least, most=math.inf, but=None):
-    """A number between two others, and not a certain one."""
+    """The rule for numbers from `least` to `most`, without `but`."""
     words = f"a number from {least} on" if most == math.inf else f"a number from {least} to {most}"
     return Rule(
-        lambda v: isinstance(v, Real) and least <= v <= most and v != but,
+        lambda v: isinstance(v, int | float) and least <= v <= most and v != but,
         words if but is None else f"{words}, but not {but}",
     )
 
 
 def either(value, rule):
-    """A certain value, or what a rule says."""
+    """The rule that allows one value more than another rule."""
     return Rule(lambda v: v == value or rule.holds(v), f"{value!r} or {rule.words}")
 
 
 def one_of(*values):
-    """One of some values."""
+    """The rule for a choice between values."""
     return Rule(lambda v: v in values, " or ".join(map(repr, values)))
 
 

@@ -219,7 +219,7 @@ class Stop:
     """What SIGINT, SIGTERM and SIGHUP do: they raise KeyboardInterrupt, but not while it is `held`."""
 
     def __init__(self):
-        """No signal has come yet; what has to stop runs in this thread."""
+        """No signal has come yet. The thread that calls this is the one to be stopped."""
         self.signum, self.error, self._held = 0, None, False
         self._thread = threading.current_thread()
         self.in_main = self._thread is threading.main_thread()
@@ -236,19 +236,19 @@ class Stop:
             self.error = error
             if self.in_main:
                 _thread.interrupt_main()
-            else:
+            elif not self._held:
                 end = ctypes.py_object(KeyboardInterrupt)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), end)
 
     @contextlib.contextmanager
     def held(self):
         """What must not be left halfway: a signal that comes meanwhile stops the run at its end."""
-        before, self._held = self.signum, True
+        before, self._held = (self.signum, self.error), True
         try:
             yield
         finally:
             self._held = False
-        if self.signum != before:
+        if (self.signum, self.error) != before:
             raise KeyboardInterrupt
 
 

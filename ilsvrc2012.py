@@ -24,6 +24,7 @@ from s3 import InputError
 
 VAL_IMAGES = 2000  # images of one validation tar
 TRAIN, VAL = "ILSVRC2012_img_train", "ILSVRC2012_img_val"
+VAL_FOLDERS = ("val", VAL, "valid", "validation")
 DEVKIT, KAGGLE_TRUTH = "ILSVRC2012_devkit_t12", "LOC_val_solution.csv"
 TINY_TRUTH = "val_annotations.txt"
 
@@ -34,6 +35,8 @@ KNOWN = (
     f"{TRAIN}.tar, {VAL}.tar, train/nXXXXXXXX/*.JPEG or val/nXXXXXXXX/*.JPEG, also below "
     "ILSVRC/Data/CLS-LOC/ (Kaggle), with images/ (Tiny ImageNet), in one tar, or as class tars"
 )
+
+NO_CLASS = "(an image in no class)"
 
 WNID = re.compile(r"n\d{8}")
 
@@ -62,6 +65,9 @@ class Member(NamedTuple):
     offset: int
     size: int
     kind: str
+
+
+_NOTHING = Member("", 0, 0, "other")
 
 
 @functools.cache
@@ -106,25 +112,28 @@ def find_tars(source):
 
 def add_archive(tars, path):
     """Add what a tar holds: class tars, folders of images, or images; returns what is left out."""
-    members = tar_members(path)
+    members, others = tar_members(path)
+    others = [f"{path.name}/{name}" for name in others]
     if inner := [member for member in members if member.kind == "tar"]:
         tars["train"] = inner_tars(path, inner)
-        return [f"{path.name}/{member.name}" for member in members if member.kind != "tar"]
-    others, classes, val = [], defaultdict(list), []
+        return others + [f"{path.name}/{m.name} {NO_CLASS}" for m in members if m.kind == "image"]
+    classes, val = defaultdict(list), []
     for member in members:
         *folders, name = member.name.split("/")
+        if not folders and WNID.fullmatch(path.stem):  # a class tar on its own
+            folders = [path.stem]
         wnid = next((folder for folder in reversed(folders) if WNID.fullmatch(folder)), "")
         image = Image(name, wnid, path, member.offset, member.size)
-        if member.kind != "image" or "test" in folders:
-            others.append(f"{path.name}/{member.name}")
-        elif "val" in folders or not (wnid or "train" in folders):
+        if "test" in folders:
+            others.append(f"{path.name}/{member.name} (of the test set)")
+        elif {path.stem, *folders} & set(VAL_FOLDERS) or not (wnid or "train" in folders):
             val.append(image)
         else:
             check_wnid(wnid or folders[-1], path)
             classes[wnid].append(image)
     if classes:
-        listings = {wnid: Listing(_sorted(classes[wnid], path), []) for wnid in sorted(classes)}
-        tars["train"] = {f"{TRAIN}/{w}.tar": partial(Listing, *listings[w]) for w in listings}
+        images = {wnid: _sorted(classes[wnid], path) for wnid in sorted(classes)}
+        tars["train"] = {f"{TRAIN}/{w}.tar": partial(Listing, images[w], []) for w in images}
     if val or not classes:
         tars["val"] = val_tars(_sorted(val, path), [path.parent])
     return others
@@ -143,32 +152,42 @@ def inner_tars(path, members):
 def list_tar(path, wnid, start=0, end=math.inf):
     """The Listing of a class tar that lies at [start, end) of a file."""
     place = f"{path}: {wnid}.tar" if start else path
-    images, others = [], []
-    for member in tar_members(path, start, end, place):
-        name = member.name.rpartition("/")[2]
-        if member.kind == "image":
-            images.append(Image(name, wnid, path, member.offset, member.size))
-        else:
-            others.append(f"{wnid}.tar/{member.name}")
-    return Listing(_sorted(images, place), others)
+    members, others = tar_members(path, start, end, place)
+    images = [
+        Image(m.name.rpartition("/")[2], wnid, path, m.offset, m.size)
+        for m in members
+        if m.kind == "image"
+    ]
+    return Listing(_sorted(images, place), [f"{wnid}.tar/{name}" for name in others])
 
 
 def tar_members(path, start=0, end=math.inf, place=None):
-    """The regular files of a tar that lies at [start, end) of a file, as Members with offsets in that.
+    """The images and tars in a tar that lies at [start, end) of a file, and the names of all else.
 
-    Raises InputError, which names the place, unless the tar is whole up to its end-of-archive mark.
+    They are Members, whose offsets are the file's. Raises InputError, which names the place, unless the
+    tar is whole up to its end-of-archive mark.
     """
-    place, members = place or path, []
+    place, members, others, found = place or path, [], [], {}
     try:
         with path.open("rb") as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
+                    archive.members = []  # or a million of them would take 2 GB
+                    if member.isdir():
+                        continue
+                    one = _NOTHING
                     if member.isreg():
                         file.seek(member.offset_data)
                         kind = kind_of(file.read(min(member.size, tarfile.BLOCKSIZE)))
-                        members.append(Member(member.name, member.offset_data, member.size, kind))
-                    archive.members = []  # or a million of them would take 2 GB
+                        one = Member(member.name, member.offset_data, member.size, kind)
+                    elif member.islnk():  # a second name of a file that comes before it
+                        found = found or {each.name: each for each in members}
+                        one = found.get(member.linkname, _NOTHING)._replace(name=member.name)
+                    if one.kind != "other":
+                        members.append(one)
+                    else:
+                        others.append(f"{member.name}{' (a link)' if member.issym() else ''}")
             # tarfile takes a damaged header for the end, which is a block of zeros.
             file.seek(archive.offset)
             mark = file.read(tarfile.BLOCKSIZE)
@@ -176,7 +195,7 @@ def tar_members(path, start=0, end=math.inf, place=None):
         raise InputError(f"{place}: no whole, uncompressed tar ({one_line(error)})") from error
     if mark != bytes(tarfile.BLOCKSIZE) or archive.offset >= end:
         raise InputError(f"{place}: a damaged tar, or cut off; copy or download it again")
-    return members
+    return members, others
 
 
 # ---- folders
@@ -184,18 +203,20 @@ def tar_members(path, start=0, end=math.inf, place=None):
 
 def add_folders(tars, root):
     """Add what lies in train/ and val/ of a folder, or in itself; returns what is left out."""
-    others = []
-    for train in (root / "train", root / TRAIN, root):
+    others, own = [], root.absolute().name
+    places = [root / "train", root / TRAIN] + ([root] if own not in VAL_FOLDERS else [])
+    for train in places:
         if "train" not in tars and train.is_dir():
-            found, left_out = class_tars(train, strict=train != root)
+            found, left_out = class_listings(train, strict=train != root)
             if not found and train != root:
                 raise InputError(f"{train}: has no class folder nXXXXXXXX")
             if found:
-                tars["train"] = found
+                tars["train"] = {f"{TRAIN}/{wnid}.tar": found[wnid] for wnid in found}
                 others += left_out
-    for val in (root / "val", root / VAL):
+    places = [root / name for name in VAL_FOLDERS] + ([root] if own in VAL_FOLDERS else [])
+    for val in places:
         if "val" not in tars and val.is_dir():
-            found, left_out = class_tars(val, strict=False)
+            found, left_out = class_listings(val, strict=True)
             listings = [listing() for listing in found.values()] or [list_folder(val, "")]
             others += left_out if found else []
             others += [name for listing in listings for name in listing.others]
@@ -204,27 +225,29 @@ def add_folders(tars, root):
     return others
 
 
-def class_tars(path, strict):
-    """The tars to make of the class folders and class tars in a folder, and what else is there.
+def class_listings(path, strict):
+    """A dict of WNID -> function that gives a Listing, of the class folders and class tars in a folder.
 
-    If `strict`, InputError for a folder that holds images and is that of no class.
+    And the names of what else is there. If `strict`, InputError for a folder that holds images and is
+    that of no class.
     """
-    tars, others = {}, []
+    listings, others = {}, []
     for entry in sorted(path.iterdir()):
-        wnid = entry.name.removesuffix(".tar")
-        if WNID.fullmatch(wnid) and entry.is_dir():
+        wnid, name = entry.name.removesuffix(".tar"), f"{path.name}/{entry.name}"
+        folder, tar = entry.is_dir(), entry.is_file() and entry.name != wnid
+        if WNID.fullmatch(wnid) and wnid not in listings and (folder or tar):
             check_wnid(wnid, path)
-            tars[f"{TRAIN}/{wnid}.tar"] = partial(list_folder, entry, wnid)
-        elif WNID.fullmatch(wnid) and entry.name != wnid and entry.is_file():
-            check_wnid(wnid, path)
-            tars[f"{TRAIN}/{wnid}.tar"] = partial(list_tar, entry, wnid)
-        else:
-            if strict and entry.is_dir() and not is_of_the_system(entry.name):
-                images, _ = _files_in(entry, "")
-                if images:
+            listings[wnid] = partial(list_folder if folder else list_tar, entry, wnid)
+        elif folder:
+            if strict and entry.name != "images" and not is_of_the_system(entry.name):
+                folders = [entry, *filter(Path.is_dir, [entry / "images"])]
+                if any(_files_in(each, "")[0] for each in folders):
                     check_wnid(entry.name, path)
-            others.append(f"{path.name}/{entry.name}{_if_broken(entry)}")
-    return tars, others
+            others.append(name)
+        else:
+            loose = f" {NO_CLASS}" if _kind(entry) == "image" else ""
+            others.append(f"{name}{_if_broken(entry)}{loose}")
+    return listings, others
 
 
 def is_of_the_system(name):
@@ -247,21 +270,26 @@ def _files_in(path, wnid):
     """The images in a folder, and the names of all else."""
     images, others = [], []
     for entry in sorted(path.iterdir()):
-        if entry.is_file():
-            with entry.open("rb") as file:
-                kind = kind_of(file.read(tarfile.BLOCKSIZE))
-            if kind == "image":
-                images.append(Image(entry.name, wnid, entry))
-                continue
-        others.append(f"{path.name}/{entry.name}{_if_broken(entry)}")
+        if _kind(entry) == "image":
+            images.append(Image(entry.name, wnid, entry))
+        else:
+            others.append(f"{path.name}/{entry.name}{_if_broken(entry)}")
     return images, others
+
+
+def _kind(entry):
+    """What a file is by its first bytes; "other" for all that is no regular file."""
+    if not entry.is_file():
+        return "other"
+    with entry.open("rb") as file:
+        return kind_of(file.read(tarfile.BLOCKSIZE))
 
 
 def _if_broken(entry):
     return " (a broken link)" if entry.is_symlink() and not entry.exists() else ""
 
 
-# What a label file of lines cannot have in a name.
+# A name with one of these could not be read from a label file, which has one line a name.
 _UNUSABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|^\\s|\\s$")
 
 
@@ -279,8 +307,8 @@ def _sorted(images, place):
 def val_tars(images, folders):
     """The tars to make of the validation images, sorted by name.
 
-    One of the folders has their ground truth, where they lie in no class folders. A name that several
-    classes have is told apart by its class.
+    If the images lie in no class folders, one of `folders` has their ground truth. A name that several
+    classes have gets its class before it.
     """
     if not all(image.wnid for image in images):
         truth = ground_truth(folders)
@@ -311,7 +339,8 @@ def ground_truth(folders):
     place = next((place for place in places if place.exists()), None)
     if not place:
         missing = "no ground truth of the validation images"
-        raise InputError(f"{folders[0]}: {missing}; put {DEVKIT}.tar.gz here")
+        hint = f"put {DEVKIT}.tar.gz here (or {KAGGLE_TRUTH} or {TINY_TRUTH})"
+        raise InputError(f"{folders[0]}: {missing}; {hint}")
     try:
         truth = names[place.name](place)
     except Exception as error:  # a damaged file can raise anything from SciPy's reader

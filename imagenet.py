@@ -285,8 +285,8 @@ _client = functools.cache(data_client)  # a new one takes 50 ms
 def in_directory(path, outside=""):
     """A path's `directory/name`, by which an image and its label find each other.
 
-    `outside` is the directory of a path that has none. Slashes of both kinds separate, and letters are
-    composed: Macs write accents on their own.
+    `outside` is the directory of a path that has none. Slashes of both kinds separate. Unicode is
+    normalised (NFC), since file names from a Mac have accents as letters of their own.
     """
     *directories, name = re.split(r"[/\\]", unicodedata.normalize("NFC", path))
     return f"{([outside] + [d for d in directories if d not in ('', '.')])[-1]}/{name}"
@@ -295,7 +295,8 @@ def in_directory(path, outside=""):
 def read_labels(bucket, key, num_classes):
     """The label file, lines of `directory/name.JPEG label`, as a dict name.JPEG -> int.
 
-    A name that has other labels in other directories is there as SEVERAL, and by `directory/name.JPEG`.
+    If a name has different labels in several directories, the dict has SEVERAL for the name, and the
+    label for each `directory/name.JPEG`.
     Raises InputError with the line number for a line that is malformed, a label that is no integer
     or outside 0..num_classes-1, and a name that has two labels in one directory.
     """
@@ -305,7 +306,7 @@ def read_labels(bucket, key, num_classes):
 def parse_labels(data, num_classes, place):
     """`read_labels` on the file's bytes; `place` names it in errors."""
     try:
-        lines = data.decode("utf-8-sig").split("\n")
+        lines = re.split("\r\n?|\n", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{place}, line {line}: not text; is it a label file?") from error
@@ -315,7 +316,7 @@ def parse_labels(data, num_classes, place):
             continue
         path, label = _fields(line)
         name, here = in_directory(path).partition("/")[2], f"{place}, line {number}"
-        if not name or not label:
+        if not name or not label or _SECOND_LABEL.search(path):
             raise InputError(f"{here}: not `directory/name.JPEG label`: {shorten(line)}")
         if not (re.fullmatch("[0-9]{1,9}", label) and int(label) < num_classes):
             raise InputError(f"{here}: label {shorten(label)} is no integer in 0..{num_classes - 1}")
@@ -326,9 +327,15 @@ def parse_labels(data, num_classes, place):
     return labels | dict.fromkeys(several, SEVERAL) | _by_directory(lines, several, place)
 
 
+# A name may hold blanks, but a number after .JPEG is a second label.
+_SECOND_LABEL = re.compile(r"\.\w{3,4}[ \t]+\d+$")
+
+
 def _fields(line):
     """What a line of the label file has before its last field, and that field."""
-    return re.fullmatch(r"\s*(.*?)(?:[ \t]+(\S+))?\s*", line).groups()
+    line = line.strip(" \t")
+    end = max(line.rfind(" "), line.rfind("\t"))
+    return (line[:end].rstrip(" \t"), line[end + 1 :]) if end > 0 else (line, "")
 
 
 def _by_directory(lines, names, place):

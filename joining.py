@@ -64,7 +64,7 @@ def _answers(address):
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, ValueError):  # no such port, or no name that a host can have
         return False
 
     def ask_head():
@@ -118,13 +118,15 @@ def _modules():
 def carried():
     """Ray's options by which an actor or a task gets the project's modules.
 
-    There are none if `connect` has brought them for all, but a caller's own `ray.init` has not.
+    None are needed if `connect` has called `ray.init`. A notebook that has called it itself knew
+    nothing of these modules.
     """
-    return _carried(ray.get_runtime_context().get_job_id())
+    context = ray.get_runtime_context()
+    return _carried(context.gcs_address, context.get_job_id())
 
 
 @functools.cache
-def _carried(job):
+def _carried(address, job):
     if _brought():
         return {}
     there = ray.get_runtime_context().runtime_env.get("py_modules", [])

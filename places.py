@@ -4,7 +4,9 @@ They are tried at the start of a run, the way that they will be used.
 """
 
 import contextlib
+import os
 import re
+import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -22,27 +24,39 @@ PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
 # A store may take its time to answer once it has 500 MB of a checkpoint.
 AFTER_A_PUT = Config(read_timeout=30)
 
-KINDS = "name a folder or s3://bucket/prefix"
 
-
-def checked_place(flag, place, kinds=KINDS):
+def checked_place(flag, place, remote=True):
     """A place as a flag names it, with ~ as the home folder; None stays None.
 
-    InputError if it is of a kind that is not supported, which `kinds` says, or would be lost.
+    InputError if it is of a kind that is not supported (S3 is only if `remote`), or would be lost.
     """
-    if not place:
-        return place
+    if place is None:
+        return None
+    kinds = "name a folder or s3://bucket/prefix" if remote else "name a local folder"
     scheme, slashes, rest = re.match("([A-Za-z][A-Za-z0-9+.-]*:)?(/*)(.*)", place, re.DOTALL).groups()
-    if scheme and slashes:
-        if kinds != KINDS or scheme.lower() != "s3:" or slashes != "//" or not rest:
+    if not place or (scheme and slashes):
+        if not (remote and scheme and scheme.lower() == "s3:" and slashes == "//" and rest):
             raise InputError(f"{flag} {place}: {kinds}")
         return f"s3://{rest}"
     with disk_errors(flag, place):
         folder = Path(place).expanduser()
         if "working_dir_files" in folder.resolve().parts:
             lost = "lies in the job's copy of its working directory, which Ray throws away"
-            raise InputError(f"{flag} {place}: {lost}; name an absolute path or s3://bucket/prefix")
+            raise InputError(f"{flag} {place}: {lost}; {kinds}, by its absolute path")
     return str(folder)
+
+
+def say(line):
+    """Print a line; what the output's encoding does not have is escaped.
+
+    Once that fails, which raises OSError, all else that is printed is thrown away.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 @contextlib.contextmanager
@@ -89,13 +103,13 @@ class S3Folder:
                 with contextlib.suppress(ClientError):
                     file.delete()
                 return
-            self.names()
+            self.names(name)
             file.get()["Body"].read()
             file.delete()
 
     def names(self, start=""):
         """Names of the files, or of those whose name starts so."""
-        with s3_errors(self.bucket.name, self.prefix):
+        with self._errors(""):
             listed = self.bucket.objects.filter(Prefix=self.prefix + start)
             return [obj.key.removeprefix(self.prefix) for obj in listed]
 

@@ -2,13 +2,12 @@
 saved."""
 
 import contextlib
-import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+import places
 from alexnet import tf
 from places import checked_place, make_writable
 from s3 import InputError
@@ -31,19 +30,17 @@ class Report:
         self._fail = fail
 
     def say(self, line):
-        """Print a line; what the output's encoding does not have is escaped."""
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        """Print a line."""
         try:
-            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            places.say(line)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if self._fail:
                 self._fail(type(error)(f"standard output: {error.strerror}"))
 
     def draw(self, folder):
         """Draw learning curves, too: TensorBoard's event files. InputError if that is impossible."""
         if folder:
-            self._folder = checked_place("--log-dir", folder, "name a local folder")
+            self._folder = checked_place("--log-dir", folder, remote=False)
             with write_errors("--log-dir", folder):
                 self._open_curves()
 

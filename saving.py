@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import re
+import shutil
 import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from s3 import InputError
 
 @contextlib.contextmanager
 def write_errors(flag, place):
-    """`disk_errors`, and the same of what TensorFlow's writers raise."""
+    """Do what `disk_errors` does, also with what TensorFlow's writers raise."""
     try:
         with disk_errors(flag, place):
             yield
@@ -56,9 +57,9 @@ class Start(NamedTuple):
         if wrong := [f"{key} (was {was})" for key, was in changed.items() if key in fixed]:
             what = f"is of another run: different are {', '.join(wrong)}"
             hint = "restore that or name another --checkpoint-dir"
-            if "tars" in changed:
-                again = "keys or ETags; if the same tars were only uploaded again in another way"
-                hint = f"{again}, set CHECK_TARS = False in driver.py; else {hint}"
+            if "tars" in changed and "tars" in fixed:
+                same = "ETags tell; if the same tars were only uploaded again in another way"
+                hint = f"{same}, set CHECK_TARS = False in driver.py, or else {hint}"
             raise InputError(f"{self.place} {what}; {hint}")
         for key, was in changed.items():
             say(f"{key} is {run[key]} from here on, was {was}")
@@ -76,7 +77,7 @@ class Checkpoints:
 
     A checkpoint is the state of an AlexNet and a dict of facts about its run, as JSON. A thread writes
     it under names that nobody reads and renames them, the index last. Then it goes to S3 in the same
-    order, if `place` is there; the file `checkpoint` names it last.
+    order, if `place` is in S3; the file `checkpoint` names it last.
     """
 
     KEPT = 3
@@ -89,9 +90,9 @@ class Checkpoints:
         self._writer, self._writing = ThreadPoolExecutor(1), None
         self._remote = S3Folder(place) if place and place.startswith("s3://") else None
         if place:
-            self._scratch = tempfile.TemporaryDirectory() if self._remote else None
-            self._folder = Path(self._scratch.name if self._remote else place).resolve()
             with write_errors("--checkpoint-dir", place):
+                self._scratch = tempfile.TemporaryDirectory() if self._remote else None
+                self._folder = Path(self._scratch.name if self._remote else place).resolve()
                 make_writable(self._folder)
                 if self._remote:
                     self._remote.check()
@@ -116,7 +117,7 @@ class Checkpoints:
         if (state := self._folder / STATE).exists():
             named = re.findall(r'model_checkpoint_path: "(?:.*/)?(.*)"', state.read_text("latin-1"))
             strange = [name for name in named if not re.fullmatch(r"ckpt-\d+", name)]
-            if strange or not (named or self._ours):  # a damaged one is ours if checkpoints are
+            if strange or not (named or self._ours):  # beside our checkpoints, it is ours and damaged
                 others.append(STATE)
         if others:
             which = f"{one_line(others[0])} there is another program's"
@@ -146,6 +147,8 @@ class Checkpoints:
 
     def _check_owner(self):
         """InputError if another run has claimed this place in S3."""
+        if OWNER not in self._remote.names(OWNER):  # someone has cleaned up
+            self.claim()
         self._remote.download(OWNER, self._folder / OWNER)
         if (self._folder / OWNER).read_text() != self._name:
             raise InputError(f"{self.place}: another run saves here now")
@@ -262,9 +265,12 @@ class SavedModel:
                 return not _is_export(path.read_bytes())
         if self._remote:  # where other files may be: none of them is replaced
             return False
-        names = [path.name for path in self._folder.iterdir()]
-        unfinished = any(name.startswith(SCRATCH) for name in names)  # an export that was killed
-        return not unfinished and any(not n.startswith(".") and n != "lost+found" for n in names)
+        killed = list(self._folder.glob(f"{SCRATCH}*"))  # an export that was
+        for scratch in killed:
+            shutil.rmtree(scratch, ignore_errors=True)
+        known = {"lost+found"} | ({"variables", "fingerprint.pb"} if killed else set())
+        names = {path.name for path in self._folder.iterdir() if not path.name.startswith(".")}
+        return not names <= known
 
     def write(self, network, mean):
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
@@ -274,15 +280,16 @@ class SavedModel:
         first, and the new one comes last, so that nobody loads one model's graph with another's
         weights. A folder stays the same one, since it can be a mount point.
         """
-        near = None if self._remote else self._folder
-        scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=near)
-        with write_errors("--export-dir", self.place), scratch as folder:
-            new = Path(folder) / "new"
-            _save_model(new, network, mean)
+        with write_errors("--export-dir", self.place), contextlib.ExitStack() as stack:
+            if not self._remote:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            near = None if self._remote else self._folder
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=near)))
+            _save_model(scratch / "new", network, mean)
             if self._remote:
-                self._upload(new)
+                self._upload(scratch / "new")
             else:
-                self._move(new, Path(folder))
+                self._move(scratch / "new", scratch)
 
     def _upload(self, new):
         if self.exists():

@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import decoding
 from decoding import one_line
-from ilsvrc2012 import TRAIN, VAL, caffe_labels, find_tars
-from places import S3Folder
+from ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
+from places import S3Folder, say
 from s3 import InputError
 
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
@@ -145,12 +145,12 @@ def stage_tars(name, tars, folder, there, side):
             bar.set_postfix(uploaded=uploaded, refresh=False)
             bar.update()
             if bar.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
-                print(f"Staging {name}: {done} of {len(tars)} tars, {uploaded} uploaded", flush=True)
+                say(f"Staging {name}: {done} of {len(tars)} tars, {uploaded} uploaded")
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
         bar.close()
-    print(f"{name}: {count} images in {len(tars)} tars, {uploaded} of them uploaded")
+    say(f"{name}: {count} images in {len(tars)} tars, {uploaded} of them uploaded")
     return "".join(sorted(lines)), others
 
 
@@ -161,10 +161,12 @@ def label_line(image):
 
 
 def say_left_out(others):
-    """Count the files that are no images, and name the first few."""
+    """Count what is left out, and name the first few."""
     if others:
         named = ", ".join(one_line(name)[:100] for name in sorted(others)[:MAX_NAMED])
-        print(f"{len(others)} files or folders hold no image and are left out: {named}")
+        loose = sum(name.endswith(NO_CLASS) for name in others)
+        images = f" ({loose} of them are images in no class)" if loose else " (they are no images)"
+        say(f"{len(others)} files or folders are left out{images}: {named}")
 
 
 def stage(source, url, side):
@@ -182,20 +184,23 @@ def stage(source, url, side):
     directories = {key.partition("/")[0] for key in ours}
     if strange := {key for key in there if key.partition("/")[0] in directories} - ours:
         first = f"{folder.prefix}{one_line(min(strange))}"
-        print(f"Not of {source}, but there: {first}, {len(strange)} in all")
+        say(f"Not of {source}, but there: {first}, {len(strange)} in all")
     prefix = shlex.quote(folder.prefix) if folder.prefix else ""
     flags = f"--s3-bucket {folder.bucket.name}"
     if "train" in tars:
         flags += f" --key-prefix {prefix}{TRAIN}/ --label-file {prefix}train.txt"
     if "val" in tars:
         flags += f" --val-prefix {prefix}{VAL}/ --val-label-file {prefix}val.txt"
-    print(f"Now: python driver.py {flags}")
+    say(f"Now: python driver.py {flags}")
 
 
 def main(argv=None):
-    """Stage as the command line says. Returns the exit status: 0, 2 (unusable input), 130."""
+    """Stage as the command line says.
+
+    Returns the exit status: 0, 2 (unusable input), 130, 141 (whoever read the output has gone).
+    """
     parser = argparse.ArgumentParser(description="Put ImageNet into an S3 bucket, for driver.py.")
-    what = "official tar, or folder of these or of train/, val/"
+    what = "folder, or official tar, class tar or tar of folders; README lists the layouts"
     parser.add_argument("source", metavar="SOURCE", type=Path, help=what)
     parser.add_argument("url", metavar="s3://bucket[/prefix]", help="where to put it")
     what = "make images SIDE x SIDE pixels (the driver uses 256)"
@@ -208,7 +213,7 @@ def main(argv=None):
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         stage(args.source.expanduser(), f"s3{args.url[2:]}", args.resize)
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (InputError, OSError, RuntimeError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

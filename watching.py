@@ -16,7 +16,9 @@ from s3 import InputError
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
 
-MAX_SHORT = 3  # looks in a row at a wait in which Ray has ended processes, and no task has got through
+MAX_SHORT = 3  # looks at a wait after which it is in vain, if Ray has ended MANY processes before each
+
+MANY = 3  # processes that end between two looks: one may be a single task that is too large
 
 MAX_ENDED = 5  # processes that a data task may end before it is given up, also those of its hangs
 
@@ -98,11 +100,13 @@ def end_stopped(tasks):
 
 
 def ended_for_memory():
-    """How many processes of this job Ray's memory monitor has ended so far, on all nodes."""
+    """How many processes of this job Ray's memory monitor has ended so far; None if nobody knows."""
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     # Without a dashboard, Ray tells it nowhere else.
     tables = within(ANSWER, lambda: state._connect_and_get_accessor().get_worker_table())
-    rows = [gcs_pb2.WorkerTableData.FromString(row) for table in tables for row in table]
+    if not tables:
+        return None
+    rows = [gcs_pb2.WorkerTableData.FromString(row) for row in tables[0]]
     short = common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY
     return sum(row.exit_type == short and row.job_id == job for row in rows)
 
@@ -111,20 +115,20 @@ class Wait:
     """A wait for data tasks: says what for, and ends if none gets through because memory is short."""
 
     def __init__(self, say):
-        """Nothing has been waited for yet; `say` takes a line."""
-        self._say, self._ended, self._in_vain = say, ended_for_memory(), 0
+        """Begin to wait; `say` takes a line."""
+        self._say, self._ended, self._in_vain = say, ended_for_memory() or 0, 0
 
     def goes_on(self):
-        """A task has got through."""
+        """Note that a task has got through."""
         self._in_vain = 0
 
     def is_long(self, what):
-        """No task has got through for a while; InputError where memory was short MAX_SHORT times so."""
-        ended, before = ended_for_memory(), self._ended
-        self._ended, new = ended, max(0, ended - before)
+        """Say what is waited for; InputError if memory is so short that waiting is in vain."""
+        ended = ended_for_memory() or self._ended
+        new, self._ended = ended - self._ended, ended
         short = f"; memory is short: Ray has ended {new} processes meanwhile" if new else ""
         self._say(f"{what}{short}")
-        self._in_vain = self._in_vain + 1 if new else 0
+        self._in_vain = self._in_vain + 1 if new >= MANY else 0
         if self._in_vain == MAX_SHORT:
             hint = "free memory on the nodes, or add nodes"
             raise InputError(f"{what}, and Ray ends every process because memory is short: {hint}")

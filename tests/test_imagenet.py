@@ -405,6 +405,7 @@ def test_labels_of_names_as_people_have_them():
 
 
 LABEL_ERRORS = {
+    "too many fields": (b"a/a.JPEG 1 2", 1, "not `directory/name.JPEG label`"),
     "no label": (b"a/a.JPEG", 1, "not `directory/name.JPEG label`: 'a/a.JPEG'"),
     "tab without label": (b"a/a.JPEG\t", 1, "not `directory/name.JPEG label`"),
     "no name": (b"a/ 1", 1, "not `directory/name.JPEG label`"),

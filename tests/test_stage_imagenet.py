@@ -151,7 +151,9 @@ def test_folder_becomes_sorted_tars_and_labels(s3, bucket, folder, train, val, c
     lines = {f"{wnid}/{name} {LABELS[wnid]}" for name, wnid in pairs}
     assert put["val.txt"].decode().splitlines() == sorted(lines)
     [line] = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert line.startswith("8 files or folders hold no image and are left out: n01440764/.DS_Store, ")
+    assert line.startswith(
+        "8 files or folders are left out (they are no images): n01440764/.DS_Store, "
+    )
     assert "n01440764/gone.JPEG (a broken link)" in line
 
 
@@ -229,6 +231,37 @@ def test_layouts_in_which_imagenet_is_handed_around(s3, bucket, folder, layout):
         assert objects(s3, bucket, "q/") == objects(s3, bucket, "folder/")
 
 
+def test_validation_images_stay_what_they_are(s3, bucket, folder, tars, capsys):
+    """Packed in class folders, beside the official training tar or alone; some in no class yet."""
+    assert run(folder, f"s3://{bucket}/folder") == 0
+    wanted = objects(s3, bucket, "folder/")
+    with tarfile.open(tars / f"{VAL}.tar", "w") as tar:
+        for path in (folder / "val").iterdir():
+            tar.add(path, path.name)
+    assert run(tars, f"s3://{bucket}/p") == 0
+    assert objects(s3, bucket, "p/") == wanted
+    (folder / "val" / "stray.JPEG").write_bytes(JPEG_START)
+    capsys.readouterr()
+    assert run(folder / "val", f"s3://{bucket}/q") == 0
+    only = {key: data for key, data in wanted.items() if "train" not in key}
+    assert objects(s3, bucket, "q/") == only
+    loose = "1 files or folders are left out (1 of them are images in no class): val/stray.JPEG"
+    assert loose in capsys.readouterr().out
+
+
+def test_links_in_a_tar(s3, bucket, tmp_path, train, capsys):
+    """A hard link is a second name of an image; a symbolic one is named."""
+    hard, symbolic = tarfile.TarInfo(), tarfile.TarInfo()
+    hard.type, hard.linkname = tarfile.LNKTYPE, "n01440764_1.JPEG"
+    symbolic.type, symbolic.linkname = tarfile.SYMTYPE, "n01440764_1.JPEG"
+    files = train["n01440764"] | {"second.JPEG": hard, "link.JPEG": symbolic}
+    (tmp_path / "n01440764.tar").write_bytes(make_tar(files))
+    assert run(tmp_path / "n01440764.tar", f"s3://{bucket}") == 0
+    members = tar_members(objects(s3, bucket)[f"{TRAIN}/n01440764.tar"])
+    assert members == train["n01440764"] | {"second.JPEG": train["n01440764"]["n01440764_1.JPEG"]}
+    assert "left out (they are no images): n01440764.tar/link.JPEG (a link)" in capsys.readouterr().out
+
+
 def test_a_train_tar_that_was_packed_anew_on_a_mac(s3, bucket, tars, train, capsys):
     inner = {f"{w}.tar": make_tar({"._x.JPEG": b"\0\5\x16\7"} | files) for w, files in train.items()}
     inner |= {f"._{wnid}.tar": b"\0\5\x16\7" for wnid in train} | {".DS_Store": b"x"}
@@ -236,9 +269,8 @@ def test_a_train_tar_that_was_packed_anew_on_a_mac(s3, bucket, tars, train, caps
     (tars / f"{TRAIN}.tar").write_bytes(make_tar(inner))
     assert run(tars, f"s3://{bucket}/q") == 0
     assert objects(s3, bucket, "q/") == objects(s3, bucket, "p/")
-    assert f"7 files or folders hold no image and are left out: {TRAIN}.tar/.DS_Store, " in (
-        capsys.readouterr().out
-    )
+    left_out = f"7 files or folders are left out (they are no images): {TRAIN}.tar/.DS_Store, "
+    assert left_out in capsys.readouterr().out
 
 
 def test_names_that_people_give_are_what_the_driver_reads(s3, bucket, tasks, folder):
