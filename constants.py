@@ -50,7 +50,8 @@ def _are_layers(value):
         sizes = [size for shape in weight_shapes(value, 1) for size in shape]
     except Exception:  # a table can be wrong in any way
         return False
-    known = flags <= {"norm", "pool"} and {kind for kind, *_ in value} <= {"conv", "dense"}
+    kinds = [kind for kind, *_ in value]
+    known = flags <= {"norm", "pool"} and {*kinds} <= {"conv", "dense"} and kinds[-1] == "dense"
     return known and all(whole(1).holds(size) for size in sizes)
 
 
@@ -83,7 +84,7 @@ RULES = {
     "KEEP_PROBABILITY": number(0, 1, but=0),
     "INITIAL_WEIGHTS": either("he", number(0, but=0)),
     "NUM_CLASSES": whole(1),
-    "LAYERS": Rule(_are_layers, "a table of layers as in alexnet.py, without a layer of size 0"),
+    "LAYERS": Rule(_are_layers, "a table of layers as in alexnet.py, dense ones last, none of size 0"),
     "SEED": whole(0),
 }
 

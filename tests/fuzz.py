@@ -320,7 +320,7 @@ def label_file(rnd):
 def check_tar(data, decode_tar=decode_tar):
     """Findings on a tar: decode_tar raises nothing, keeps what it must, says what it leaves out."""
     images, names, left_out = decode_tar(data, SIZE)
-    kept = [(name, digest(image)) for name, image in zip(names, images, strict=True)]
+    kept = [(base(name), digest(image)) for name, image in zip(names, images, strict=True)]
     must = intact_members(data)
     lost = Counter(pixels for _, pixels in must) - Counter(pixels for _, pixels in kept)
     lost += Counter(pair for pair in must if ORDINARY_NAME.fullmatch(pair[0])) - Counter(kept)
@@ -345,12 +345,17 @@ def in_parts(data):
     while start is not None:
         most = decoding.Part(2, 3_000)
         images, names, some, start = decoding.decode_part(io.BytesIO(data), SIZE, "pixels", start, most)
-        kept += [(name, digest(image)) for name, image in zip(names, images, strict=True)]
+        kept += [(base(name), digest(image)) for name, image in zip(names, images, strict=True)]
         left_out += [name for name, _ in some if name != decoding.ITSELF]
     return kept, left_out
 
 
 ORDINARY_NAME = re.compile(r"n\d\.JPEG")  # others may come from a header that is not intact
+
+
+def base(path):
+    """A path's last part."""
+    return path.rpartition("/")[2]
 
 
 def intact_members(data):
@@ -363,7 +368,7 @@ def intact_members(data):
             last = info.offset
             content = data[info.offset_data : info.offset_data + max(0, info.size)]
             if info.isreg() and not info.issparse() and content in pixels:
-                reached.append((info.name.rpartition("/")[2], pixels[content]))
+                reached.append((base(info.name), pixels[content]))
     except Exception:  # tarfile goes no further: what it has reached counts
         pass
     return reached

@@ -471,8 +471,8 @@ CONSTANTS = {
     "KEEP_PROBABILITY": (0, "a number from 0 to 1, but not 0"),
     "INITIAL_WEIGHTS": ("xavier", "'he' or a number from 0 on, but not 0"),
     "LAYERS": (
-        (("conv", 8, 11, 4, "pool"),) * 6,
-        "a table of layers as in alexnet.py, without a layer of size 0",
+        (("conv", 8, 11, 4, "pool"), *[("conv", 8, 3, 2, "pool")] * 3, ("dense", 8)),
+        "a table of layers as in alexnet.py, dense ones last, none of size 0",
     ),
 }
 

@@ -28,7 +28,6 @@ from tests.fault_proxy import fault_proxy
 from tests.support import (
     ROOT,
     THIN,
-    checksums,
     decode_tar,
     jpeg,
     make_tar,
@@ -259,12 +258,6 @@ def test_a_resume_stays_with_the_form_of_the_images(
     monkeypatch.setattr(thin, "STORED", "pixels")
     assert train(photos, *flags, **options) == 2
     assert "different are STORED (was 'jpeg')" in capsys.readouterr().err
-
-
-def test_another_seed_gives_other_bits(thin, one_ray, photos, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(thin, "SEED", 1)
-    assert train(photos, "--iterations", 3, "--checkpoint-dir", tmp_path) == 0
-    assert not set(checksums(tmp_path).values()) & set(checksums(finished[1] / "saved").values())
 
 
 def test_another_seed_is_refused_before_anything_is_loaded(

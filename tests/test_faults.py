@@ -5,8 +5,6 @@ import itertools
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -15,11 +13,9 @@ import ray
 
 import imagenet
 import results
-import watching
 from tests.fault_proxy import fault_proxy
 from tests.nodes import Nodes
 from tests.support import (
-    ROOT,
     assert_clean,
     checksums,
     contents,
@@ -199,28 +195,3 @@ def test_hundreds_of_iterations_learn_and_memory_stays_flat(thin, one_ray, photo
     assert early_free - late_free < 10 * 2**20
     first, last = (sum(part) / len(part) for part in (report.losses[:6], report.losses[-100:]))
     assert first > 2 and last < 0.75 * first
-
-
-# ---- memory
-
-
-ALL_TOO_MUCH = """
-import sys
-import driver, functions, imagenet
-functions.PATIENCE = imagenet.PATIENCE = 4
-driver.PRECISION = "float32"
-sys.exit(driver.main(["--s3-bucket", "photos"]))
-"""
-
-
-def test_memory_monitor_that_ends_every_load_task(photos):
-    """A real one, which finds that too much of this machine's memory is in use."""
-    monitor = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
-    environment = os.environ | monitor | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", ALL_TOO_MUCH]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    said = re.findall(r"^Loading: .*; memory is short: Ray has ended \d+ processes", ended.stdout, re.M)
-    why = "Ray ends every process because memory is short: free memory on the nodes, or add nodes"
-    assert ended.returncode == 2 and len(said) == watching.MAX_SHORT, ended.stdout + ended.stderr
-    assert ended.stderr.startswith("error: Loading: ") and ended.stderr.endswith(f"and {why}\n")
-    assert_clean(ended.stderr)

@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 import ray
 from ray._raylet import GcsClient
 
 import joining
 import watching
-from tests.support import ROOT, free_port
+from tests.support import ROOT, assert_clean, free_port, train_elsewhere
 
 DRIVER = [sys.executable, ROOT / "driver.py"]
 
@@ -93,29 +95,67 @@ def test_sockets_whose_path_is_too_long(tmp_path):
     assert error.startswith("error: Ray does not start here: ") and "path" in error
 
 
+# ---- runs side by side, each on a Ray of its own
+
 FROM_A_NOTEBOOK = """
 import sys, threading
 import ray
-ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=2 * 10**8)
+ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=2 * 10**8)
 sys.path.insert(0, {root!r})
 import driver
 from tests import support
 driver.LAYERS, driver.NUM_CLASSES, driver.PRECISION = support.THIN, 10, "float32"
 driver.MINI_BATCH, driver.NUM_WORKERS = support.MINI_BATCH, 1
 flags = ["--s3-bucket", "photos", "--key-prefix", "ILSVRC2012_img_train/n0150000", "--iterations", "1"]
-print("status", driver.main(flags))
 thread = threading.Thread(target=lambda: print("status", driver.main(flags)))
 thread.start()
 thread.join()
-assert ray.is_initialized()
+print("status", driver.main(flags), ray.is_initialized())
+"""
+
+MEMORY_IS_SHORT = """
+import sys
+import driver, functions, imagenet
+functions.PATIENCE = imagenet.PATIENCE = 4
+driver.PRECISION = "float32"
+sys.exit(driver.main(["--s3-bucket", "photos"]))
 """
 
 
-def test_from_python_after_ray_init_from_another_folder_and_in_a_thread(photos, tmp_path):
-    """The Ray was started before anybody knew of the project's modules."""
-    code = FROM_A_NOTEBOOK.format(root=str(ROOT))
-    command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
-    lines = ended.stdout.splitlines()
-    assert lines.count("status 0") == 2, ended.stdout + ended.stderr
-    assert sum(line.startswith("Iteration 0: loss") for line in lines) == 2
+def start(code, **options):
+    """Start a program with these lines, and with pipes."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes, **options)
+
+
+@pytest.mark.timeout(400)
+def test_runs_side_by_side_do_not_disturb_each_other(photos, tmp_path):
+    """One is a notebook's, from another folder and in a thread. Two cannot go on: Ray's memory monitor
+    ends every load task of one, and the head of the other is killed; Ray says nothing of either."""
+    monitor = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    environment = os.environ | monitor | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+    notebook = start(FROM_A_NOTEBOOK.format(root=str(ROOT)), cwd=tmp_path)
+    short = start(MEMORY_IS_SHORT, env=environment)
+
+    flags, saved = ["--export-dir", tmp_path / "network"], tmp_path / "saved"
+    settings, for_ever = ["PAUSES=[(3, 'compute')]"], {"flags": flags, "iterations": 10**6}
+    with train_elsewhere(photos, saved, "local", *settings, **for_ever) as run:
+        with run.paused(3, "compute"):
+            [head] = [p for p in psutil.Process(run.pid).children(True) if p.name() == "gcs_server"]
+            head.kill()
+        out, error = notebook.communicate(timeout=200)
+        assert "status 0\n" in out and "status 0 True\n" in out, out + error
+        assert len(re.findall("^Iteration 0: loss", out, re.M)) == 2
+
+        out, error = short.communicate(timeout=200)
+        said = re.findall(r"^Loading: .*; memory is short: Ray has ended \d+ processes", out, re.M)
+        why = "Ray ends every process because memory is short: free memory on the nodes, or add nodes"
+        assert short.returncode == 2 and len(said) >= watching.MAX_SHORT, out + error
+        assert error.startswith("error: Loading: ") and error.endswith(f"and {why}\n")
+        assert_clean(out + error)
+
+        assert run.wait(90) == 2, run.output()
+    out = run.output()
+    assert re.search(f"^Stopped at iteration \\d+: checkpoints in {saved}, network in ", out, re.M)
+    assert len(re.findall("^error: the head of the Ray cluster has not answered for", out, re.M)) == 1
+    assert_clean(out)

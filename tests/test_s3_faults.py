@@ -194,7 +194,7 @@ def tars(one_ray, s3, bucket):
     """A bucket with five tars of two parts each; the names of the images."""
     for number in range(5):
         put(s3, bucket, tar(number), f"{number}.tar")
-    return [f"n{number}_{i}.JPEG" for number in range(5) for i in range(3)]
+    return [f"{number}/n{number}_{i}.JPEG" for number in range(5) for i in range(3)]
 
 
 def test_a_load_through_faults_is_whole(tars, tasks, proxy, bucket):

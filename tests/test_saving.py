@@ -218,7 +218,7 @@ def test_saves_that_a_disk_refuses_for_a_while_and_lost_curves(one_ray, photos, 
 
 
 def test_saves_that_s3_refuses_for_a_while_and_at_the_end(
-    thin, one_ray, photos, bucket, undisturbed, tmp_path, monkeypatch, capsys
+    thin, one_ray, photos, bucket, monkeypatch, capsys
 ):
     monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 1)
     place = f"s3://{bucket}/runs/1"
@@ -240,10 +240,7 @@ def test_saves_that_s3_refuses_for_a_while_and_at_the_end(
             f"not saved: the iterations after {saved}\n"
         )
         proxy.always.clear()
-        assert train_here(photos, place) == 0
-        fetch_newest(place, tmp_path)
-    assert f"Resumed from {place} at iteration {saved}\n" in capsys.readouterr().out
-    assert checksums(tmp_path) == undisturbed
+        assert saving.Checkpoints(place, print).newest().iteration == saved
 
 
 # ---- errors that end a run
@@ -301,21 +298,6 @@ def test_an_error_of_the_program_itself_is_raised_and_leaves_no_thread(thin, one
     except ZeroDivisionError:  # which still holds all that the run had
         left = set(threading.enumerate()) - before
     assert [thread for thread in left if "_look" in thread.name] == []
-
-
-def test_cluster_whose_head_is_gone_ends_the_run_with_its_last_whole_step(photos, tmp_path):
-    """After a minute, Ray would end the process without a word."""
-    flags, saved = ["--export-dir", tmp_path / "network"], tmp_path / "saved"
-    settings, for_ever = ["PAUSES=[(3, 'compute')]"], {"flags": flags, "iterations": 10**6}
-    with train_elsewhere(photos, saved, "local", *settings, **for_ever) as run:
-        with run.paused(3, "compute"):
-            [head] = [p for p in psutil.Process(run.pid).children(True) if p.name() == "gcs_server"]
-            head.kill()
-        assert run.wait(90) == 2, run.output()
-    out = run.output()
-    assert re.search(f"^Stopped at iteration \\d+: checkpoints in {saved}, network in ", out, re.M)
-    assert len(re.findall("^error: the head of the Ray cluster has not answered for", out, re.M)) == 1
-    assert_clean(out)
 
 
 # ---- two runs on one place

@@ -172,7 +172,7 @@ def minibatch(rng, count=20):
 def test_each_worker_is_a_process_beside_which_tasks_find_room(pool, tasks):
     assert pool.count == 2 and len(workers_of(psutil.Process().pid)) == 2
     # They hold both CPUs.
-    labels, _ = tasks.start(functions.convert, ["a"], {"a": 1}, num_returns=2)
+    labels, _ = tasks.start(functions.convert, ["t/a"], {"a": 1}, num_returns=2)
     assert ray.get(labels, timeout=30).tolist() == [1]
 
 
