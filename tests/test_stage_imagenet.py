@@ -1,11 +1,12 @@
 """stage_imagenet.py: every layout of ImageNet, small, into real S3 objects that the driver reads."""
 
-import gc
 import io
 import itertools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -23,7 +24,7 @@ import ilsvrc2012
 import imagenet
 import stage_imagenet
 from tests.fault_proxy import fault_proxy
-from tests.support import draw_image, encode, jpeg, make_tar
+from tests.support import ROOT, draw_image, encode, jpeg, make_tar
 
 TRAIN, VAL = "ILSVRC2012_img_train", "ILSVRC2012_img_val"
 LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}  # Caffe's
@@ -410,21 +411,21 @@ def test_source_that_changes_meanwhile_leaves_no_tar(s3, bucket, proxy, large, c
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_no_tar(s3, bucket, proxy, large, capsys, signum):
+def test_interrupt_leaves_no_tar(s3, bucket, proxy, large, signum):
     """It comes with the first part, and no part is quick: most of the source is not read by then."""
+    command = [sys.executable, ROOT / "stage_imagenet.py", large, f"s3://{bucket}"]
     sent = []
 
     def interrupt():
         sent.append(None)
         if len(sent) == 1:
-            os.kill(os.getpid(), signum)
+            process.send_signal(signum)
         time.sleep(0.5)
 
     proxy.faults["PUT", "n01440764.tar"] = itertools.repeat(interrupt)
-    gc.collect()  # Ray's finalizers of what earlier tests left swallow an interrupt that hits them
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    assert run(large, f"s3://{bucket}") == 130
-    assert capsys.readouterr().err == "Interrupted; the same command goes on from here\n"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "Interrupted; the same command goes on from here\n"
     assert 0 < len(sent) < 20, "the upload had begun, and its thread heard of the interrupt"
     assert uploads(proxy) == [] and is_untouched(s3, bucket)
 
