@@ -119,13 +119,13 @@ def add_archive(tars, path):
         return others + [f"{path.name}/{m.name} {NO_CLASS}" for m in members if m.kind == "image"]
     classes, val = defaultdict(list), []
     for member in members:
-        *folders, name = member.name.split("/")
+        *folders, name = [part for part in member.name.split("/") if part != "."]
         if not folders and WNID.fullmatch(path.stem):  # a class tar on its own
             folders = [path.stem]
         wnid = next((folder for folder in reversed(folders) if WNID.fullmatch(folder)), "")
         image = Image(name, wnid, path, member.offset, member.size)
-        if "test" in folders:
-            others.append(f"{path.name}/{member.name} (of the test set)")
+        if "test" in folders or any(map(is_of_the_system, folders)):
+            others.append(f"{path.name}/{member.name}")
         elif {path.stem, *folders} & set(VAL_FOLDERS) or not (wnid or "train" in folders):
             val.append(image)
         else:

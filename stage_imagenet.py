@@ -165,7 +165,7 @@ def say_left_out(others):
     if others:
         named = ", ".join(one_line(name)[:100] for name in sorted(others)[:MAX_NAMED])
         loose = sum(name.endswith(NO_CLASS) for name in others)
-        images = f" ({loose} of them are images in no class)" if loose else " (they are no images)"
+        images = f" ({loose} of them are images in no class)" if loose else ""
         say(f"{len(others)} files or folders are left out{images}: {named}")
 
 
