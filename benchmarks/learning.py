@@ -47,7 +47,7 @@ def configured(args):
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.SEED = WORKERS, args.mini_batch, args.seed
     driver.PRECISION = args.precision
     driver.VALIDATE_EVERY = max(1, args.validate_every // images_of(args))
-    for name in ("LEARNING_RATE", "LEARNING_RATE_POWER", "WARM_UP", "INITIAL_WEIGHTS"):
+    for name in ("LEARNING_RATE", "LEARNING_RATE_POWER", "WARM_UP", "INITIAL_WEIGHTS", "STORED"):
         value = getattr(args, name.lower())
         setattr(driver, name, getattr(driver, name) if value is None else value)
     driver.LEARNING_RATE_DROPS = tuple(args.drops)
@@ -118,7 +118,7 @@ def decoded(folder, prefix, label_file):
     for tar in sorted((Path(folder) / prefix).glob("*.tar")):
         some, names, _ = decode_tar(tar.read_bytes(), (256, 256))
         images.append(some)
-        labels += [pairs[name] for name in names]
+        labels += [pairs[imagenet.in_directory(name).partition("/")[2]] for name in names]
     return np.concatenate(images), np.array(labels)
 
 
@@ -300,6 +300,7 @@ def main():
     add("--mini-batches", type=int, default=WORKERS, help="gradients of an iteration")
     add("--precision", default="float32", choices=["float32", "bfloat16"])
     add("--seed", type=int, default=0)
+    add("--stored", choices=["pixels", "jpeg"], help="form of the images, instead of driver.py's")
     add("--learning-rate", type=float, help="instead of driver.py's, as the next two")
     add("--learning-rate-power", type=float, help="how the rate follows the images of an iteration")
     add("--warm-up", type=int, help="images")
