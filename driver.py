@@ -306,7 +306,7 @@ def main(argv=None, report=None, actor=functions.Worker):
     try:
         constants.check(globals())
         args.s3_bucket = s3.bucket_name(args.s3_bucket)
-        address = joining.find_address(report.say)
+        address = joining.find_address(report.say) if own_ray else None
         with stop.held():  # Ray can crash if its start is interrupted
             can_grow = joining.connect(address)
             for number in handlers:

@@ -35,7 +35,7 @@ def find_address(say):
     started for itself ends with that program. ClusterError if there is none where RAY_ADDRESS says.
     """
     named = os.environ.get("RAY_ADDRESS", "")
-    if ray.is_initialized() or named == "local":
+    if named == "local":
         return "local"
     if named and named != "auto":
         if not re.fullmatch(r"(\[.*\]|[^:/]+):\d{1,5}", named):

@@ -9,7 +9,6 @@ import sys
 
 import psutil
 import pytest
-import ray
 from ray._raylet import GcsClient
 
 import joining
@@ -27,15 +26,8 @@ def drive(address=None, **environment):
     return ended.returncode, ended.stdout, ended.stderr
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """As before `ray.init`, whatever this session has started; a head has 3 seconds to answer."""
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(joining, "ANSWER", 3)
-
-
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "head", "a:b"])
-def test_addresses_of_other_kinds(alone, monkeypatch, address):
+def test_addresses_of_other_kinds(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(joining.ClusterError) as caught:
         joining.find_address(print)
@@ -43,9 +35,10 @@ def test_addresses_of_other_kinds(alone, monkeypatch, address):
     assert str(caught.value) == f"RAY_ADDRESS={address}: {hint}"
 
 
-def test_address_at_which_nothing_listens_or_no_cluster(alone, monkeypatch):
+def test_address_at_which_nothing_listens_or_no_cluster(monkeypatch):
     """Told within a minute; Ray itself tries for a quarter of an hour."""
-    assert watching.ANSWER + joining.CONNECT < 60
+    assert joining.ANSWER + joining.CONNECT < 60
+    monkeypatch.setattr(joining, "ANSWER", 3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -73,7 +66,7 @@ def test_cluster_of_another_ray(one_ray):
     assert "2.9.0" in error
 
 
-def test_cluster_of_ray_start_that_is_gone(alone, monkeypatch, tmp_path):
+def test_cluster_of_ray_start_that_is_gone(monkeypatch, tmp_path):
     """Ray keeps its address in a file; the run has a Ray of its own then."""
     gone, said = f"127.0.0.1:{free_port()}", []
     monkeypatch.delenv("RAY_ADDRESS")

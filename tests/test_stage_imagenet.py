@@ -424,6 +424,7 @@ def test_interrupt_leaves_no_tar(s3, bucket, proxy, large, signum):
         time.sleep(0.5)
 
     proxy.faults["PUT", "n01440764.tar"] = itertools.repeat(interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.wait(60) == 130
         assert process.stderr.read() == "Interrupted; the same command goes on from here\n"
