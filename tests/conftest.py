@@ -1,5 +1,6 @@
 """One S3 server and one Ray for the whole session; buckets and the network are each test's own."""
 
+import contextlib
 import os
 import uuid
 
@@ -36,7 +37,8 @@ def one_ray(s3):
 @pytest.fixture(scope="session")
 def tasks(one_ray):
     """What starts tasks on data, on the session's Ray."""
-    return cluster.DataTasks(print, 300, print)
+    with contextlib.closing(cluster.DataTasks(print, 300, print)) as tasks:
+        yield tasks
 
 
 @pytest.fixture
