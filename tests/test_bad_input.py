@@ -540,28 +540,28 @@ def own_ray(*arguments):
     assert alive == []
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_while_ray_starts(one_ray, small, number, status):
-    """An interrupted ray.init can crash. While it runs, it handles SIGTERM itself, by SystemExit."""
-    with own_ray(*small) as run:
-        deadline = time.monotonic() + 60
-        while not any("gcs_server" in title(p) for p in psutil.Process(run.pid).children(True)):
-            assert time.monotonic() < deadline and run.process.poll() is None, run.output()
+def test_signals_to_runs_with_a_ray_of_their_own(one_ray, small):
+    """Two come while Ray starts, which can crash then, and handles SIGTERM itself, by SystemExit.
+
+    One is the Ctrl-C of a terminal, which signals the whole process group.
+    """
+    with own_ray(*small) as first, own_ray(*small) as second, own_ray(*small) as third:
+        starting, deadline = {first: signal.SIGINT, second: signal.SIGTERM}, time.monotonic() + 100
+        while starting:
+            assert time.monotonic() < deadline
+            for run in list(starting):
+                below = psutil.Process(run.pid).children(True)
+                if any("gcs_server" in title(process) for process in below):
+                    run.process.send_signal(starting.pop(run))
             time.sleep(0.01)
-        run.process.send_signal(number)
-        assert run.wait(60) == status, run.output()
-    assert run.output() == "[end]"
-
-
-def test_ctrl_c_in_a_terminal_leaves_nothing_running(one_ray, small):
-    """A terminal signals the whole process group; driver.py here has a Ray of its own."""
-    with own_ray(*small) as run:
-        run.wait_for("Iteration 1: loss ")
-        os.killpg(run.pid, signal.SIGINT)
-        assert run.wait(60) == 130, run.output()
-    done = re.findall(r"^Iteration (\d+): loss = ", run.output(), re.M)
-    assert "Traceback" not in run.output()
-    assert run.output().endswith(f"Stopped at iteration {len(done)}: nothing is saved\n[end]")
+        assert (first.wait(60), second.wait(60)) == (130, 143)
+        assert (first.output(), second.output()) == ("[end]", "[end]")
+        third.wait_for("Iteration 1: loss ")
+        os.killpg(third.pid, signal.SIGINT)
+        assert third.wait(60) == 130, third.output()
+    done = re.findall(r"^Iteration (\d+): loss = ", third.output(), re.M)
+    assert "Traceback" not in third.output()
+    assert third.output().endswith(f"Stopped at iteration {len(done)}: nothing is saved\n[end]")
 
 
 def environ(process):
