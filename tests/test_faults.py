@@ -143,24 +143,25 @@ def many(s3):
     return "many"
 
 
-def test_data_larger_than_the_object_stores_spills(nodes, many, tmp_path):
-    settings = ["STORED='pixels'", "SHUFFLE_ROUNDS=1"]
-    with train_elsewhere(many, tmp_path, nodes.address, *settings, iterations=2) as run:
-        assert run.wait() == 0, run.output()
+def test_data_larger_than_the_object_stores_spills_and_a_full_disk_is_one_clear_line(
+    nodes, many, tmp_path
+):
+    """Two runs at once, each on a cluster of its own."""
+    settings, full = ["STORED='pixels'", "SHUFFLE_ROUNDS=1"], {"local_fs_capacity_threshold": 0.001}
+    others = Nodes(2, others=0, cpus=0, _system_config=full)
+    try:
+        with (
+            train_elsewhere(many, tmp_path / "1", nodes.address, *settings, iterations=2) as run,
+            train_elsewhere(many, tmp_path / "2", others.address, *settings) as on_a_full_disk,
+        ):
+            assert run.wait() == 0, run.output()
+            assert on_a_full_disk.wait() == 2, on_a_full_disk.output()
+    finally:
+        others.close()
     assert re.search("About 1[0-9]{3} images: 0.2 GB .* goes to disk", run.output())
     assert fingerprints(run.output()) == [contents(many)]
-
-
-def test_full_disk_is_one_clear_line(many, tmp_path):
-    full = {"local_fs_capacity_threshold": 0.001}
-    nodes = Nodes(2, others=0, cpus=0, _system_config=full)
-    try:
-        with train_elsewhere(many, tmp_path, nodes.address, "STORED='pixels'") as run:
-            assert run.wait() == 2, run.output()
-    finally:
-        nodes.close()
-    assert len(re.findall("^error: .*disk", run.output(), re.M)) == 1
-    assert_clean(run.output())
+    assert len(re.findall("^error: .*disk", on_a_full_disk.output(), re.M)) == 1
+    assert_clean(on_a_full_disk.output())
 
 
 # ---- a long run
