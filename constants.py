@@ -21,10 +21,10 @@ def whole(least):
 
 
 def number(least, most=math.inf, but=None):
-    """The rule for numbers from `least` to `most`, without `but`."""
+    """The rule for finite numbers from `least` to `most`, without `but`."""
     words = f"a number from {least} on" if most == math.inf else f"a number from {least} to {most}"
     return Rule(
-        lambda v: isinstance(v, int | float) and least <= v <= most and v != but,
+        lambda v: isinstance(v, int | float) and math.isfinite(v) and least <= v <= most and v != but,
         words if but is None else f"{words}, but not {but}",
     )
 
@@ -55,15 +55,16 @@ def _are_layers(value):
     return known and all(whole(1).holds(size) for size in sizes)
 
 
-SECONDS = number(0, but=0)
+POSITIVE = number(0, but=0)
+UNLIMITED = either(math.inf, POSITIVE)
 
 RULES = {
     "NUM_WORKERS": either(None, whole(1)),
     "CPUS_PER_WORKER": whole(1),
     "GPUS_PER_WORKER": whole(0),
-    "WORKER_WAIT": SECONDS,
-    "WORKER_TIMEOUT": SECONDS,
-    "TASK_TIMEOUT": SECONDS,
+    "WORKER_WAIT": UNLIMITED,
+    "WORKER_TIMEOUT": UNLIMITED,
+    "TASK_TIMEOUT": UNLIMITED,
     "MINI_BATCH": whole(1),
     "STORED": one_of(None, "pixels", "jpeg"),
     "CHECK_TARS": one_of(True, False),
@@ -72,17 +73,17 @@ RULES = {
     "ACCURACY_SAMPLE": whole(1),
     "VALIDATE_EVERY": whole(0),
     "CHECKPOINT_EVERY": whole(0),
-    "LEARNING_RATE": number(0, but=0),
-    "LEARNING_RATE_IMAGES": number(0, but=0),
+    "LEARNING_RATE": POSITIVE,
+    "LEARNING_RATE_IMAGES": POSITIVE,
     "LEARNING_RATE_POWER": number(0, 1),
     "WARM_UP": number(0),
     "LEARNING_RATE_DROPS": Rule(_are_drops, "numbers of images in brackets, such as (100_000,)"),
     "MOMENTUM": number(0, 1, but=1),
     "WEIGHT_DECAY": number(0),
-    "CLIP_NORM": number(0, but=0),
+    "CLIP_NORM": UNLIMITED,
     "PRECISION": one_of(None, "float32", "bfloat16"),
     "KEEP_PROBABILITY": number(0, 1, but=0),
-    "INITIAL_WEIGHTS": either("he", number(0, but=0)),
+    "INITIAL_WEIGHTS": either("he", POSITIVE),
     "NUM_CLASSES": whole(1),
     "LAYERS": Rule(_are_layers, "a table of layers as in alexnet.py, dense ones last, none of size 0"),
     "SEED": whole(0),
@@ -91,7 +92,7 @@ RULES = {
 
 def check(values):
     """InputError unless every constant in a dict of name -> value is as its rule says."""
-    for name in RULES.keys() & values.keys():
-        if not RULES[name].holds(values[name]):
+    for name, rule in RULES.items():
+        if not rule.holds(values[name]):
             value = one_line(repr(values[name]))[:60]
-            raise InputError(f"{name} = {value} in driver.py: it must be {RULES[name].words}")
+            raise InputError(f"{name} = {value} in driver.py: it must be {rule.words}")

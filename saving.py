@@ -263,7 +263,7 @@ class SavedModel:
                 if self._remote:
                     self._remote.download(MODEL, path)
                 return not _is_export(path.read_bytes())
-        if self._remote:  # where other files may be: none of them is replaced
+        if self._remote:  # other files may be there; variables/ without a model is a cut-off export
             return False
         killed = list(self._folder.glob(f"{SCRATCH}*"))  # an export that was
         for scratch in killed:

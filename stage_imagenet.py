@@ -33,12 +33,12 @@ from tqdm import tqdm
 import decoding
 from decoding import one_line
 from ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
+from imagenet import MAX_NAMED
 from places import S3Folder, say
 from s3 import InputError
 
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
 JPEG_QUALITY = 90  # of resized images
-MAX_NAMED = 5  # files that are named of those that are left out
 
 
 def new_fingerprint(side):

@@ -16,9 +16,9 @@ from s3 import InputError
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
 
-MAX_SHORT = 3  # looks at a wait after which it is in vain, if Ray has ended MANY processes before each
+MAX_SHORT = 3  # a wait is in vain if so many looks in a row find that MANY processes have been ended
 
-MANY = 3  # processes that end between two looks: one may be a single task that is too large
+MANY = 3  # processes between two looks; fewer can come from a single task that is too large
 
 MAX_ENDED = 5  # processes that a data task may end before it is given up, also those of its hangs
 

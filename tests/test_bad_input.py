@@ -468,6 +468,8 @@ CONSTANTS = {
     "STORED": ("jpg", "None or 'pixels' or 'jpeg'"),
     "GPUS_PER_WORKER": (0.5, "a whole number from 0 on"),
     "LEARNING_RATE": (float("nan"), "a number from 0 on, but not 0"),
+    "WEIGHT_DECAY": (float("inf"), "a number from 0 on"),
+    "CLIP_NORM": (0, "inf or a number from 0 on, but not 0"),
     "KEEP_PROBABILITY": (0, "a number from 0 to 1, but not 0"),
     "INITIAL_WEIGHTS": ("xavier", "'he' or a number from 0 on, but not 0"),
     "LAYERS": (
