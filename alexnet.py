@@ -267,14 +267,15 @@ class AlexNet:
         """
         self.sess.run(self._snapshot)
 
-    def save(self, prefix, facts):
+    def save(self, prefix, facts, mean):
         """Write the snapshot in TensorFlow's format to files whose names start so; a thread may do it.
 
-        `facts` is a text, which is saved beside the variables.
+        Beside the variables, `facts`, a text, and the mean image `mean` are saved under these names.
         """
         here = tf.RunOptions(inter_op_thread_pool=-1)  # in this thread, or steps would wait for it
+        what = {self._prefix: prefix, self._facts: facts, self._mean: mean}
         try:
-            self.sess.run(self._written, {self._prefix: prefix, self._facts: facts}, here)
+            self.sess.run(self._written, what, here)
         finally:
             self.sess.run(self._let_go)
 
@@ -333,6 +334,7 @@ class AlexNet:
 
     def _build_save(self):
         self._prefix, self._facts = tf.placeholder(tf.string, []), tf.placeholder(tf.string, [])
+        self._mean = tf.placeholder(tf.float32)
         held = [
             tf.get_variable(f"snapshot/{name}", v.shape, v.dtype, use_resource=True)
             for name, v in self._state.items()
@@ -341,9 +343,9 @@ class AlexNet:
         self._snapshot = tf.group(*(copy.assign(v, read_value=False) for copy, v in pairs))
         self._written = tf.raw_ops.SaveV2(
             prefix=self._prefix,
-            tensor_names=[*self._state, "facts"],
-            shape_and_slices=[""] * (len(held) + 1),
-            tensors=[*held, self._facts],
+            tensor_names=[*self._state, "facts", "mean"],
+            shape_and_slices=[""] * (len(held) + 2),
+            tensors=[*held, self._facts, self._mean],
         )
         self._let_go = tf.group(*(tf.raw_ops.DestroyResourceOp(resource=v.handle) for v in held))
 

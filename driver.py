@@ -72,41 +72,37 @@ LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
 
 
-def train(args, stop, report, outcome, tasks, actor, can_grow):
+def train(args, start, stop, report, outcome, tasks, actor, can_grow):
     """The write-up, chapter by chapter: load, label, shuffle, then synchronous data-parallel SGD."""
     say, bucket = report.say, args.s3_bucket
 
     # ---- Where to begin: at a checkpoint of the same network and seed, or at iteration 0
-    start = outcome.checkpoints.newest()
     edited = {name: repr(value) for name, value in globals().items() if name.isupper()}
     edited["STORED"] = repr(STORED or start.stored)
     fixed = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "STORED", "SHUFFLE_ROUNDS"]
     start.must_match(edited, fixed, say)
 
     # ---- What an iteration is: the first start decides
-    resources = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-    num_workers = NUM_WORKERS or max(1, sum(cluster.room_for_workers(**resources).values()))
+    num_workers = how_many_workers()
     mini_batches = start.mini_batches or num_workers
-    precision = PRECISION or start.precision or cluster.fastest_precision(**resources)
+    precision = PRECISION or start.precision or cluster.fastest_precision(**resources())
 
     # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
     tars, held_out_tars = (find(bucket, prefix, say) for prefix in (args.key_prefix, args.val_prefix))
-    one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
-    stored = form_of_images(bucket, tars + held_out_tars, start.stored, mini_batches, one_set, say)
+    stored = form_of_images(bucket, tars + held_out_tars, start.stored, mini_batches, precision, say)
     training = load(bucket, args.key_prefix, tars, args.label_file, stored, tasks)
     start.must_match(source := training.source, ["labels", *(["tars"] if CHECK_TARS else [])], say)
     held_out = load(bucket, args.val_prefix, held_out_tars, args.val_label_file, stored, tasks)
+    start = start.validated_on(held_out and held_out.source, say)
 
     # ---- AlexNet: one network in each worker, and the local one, which is trained
-    network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
     helpers = cluster.Helpers()
-    what = min(num_workers, mini_batches), resources, network, precision, helpers
-    pool = workers.Workers(*what, (WORKER_TIMEOUT, WORKER_WAIT), report, can_grow, actor)
-    rule = update_rule(mini_batches * MINI_BATCH)
-    local = alexnet.AlexNet(**network, rule=rule)
+    pool = start_workers(min(num_workers, mini_batches), precision, helpers, report, can_grow, actor)
+    rule = update_rule(images := mini_batches * MINI_BATCH)
+    local = alexnet.AlexNet(LAYERS, NUM_CLASSES, rule)
     rng = functions.generator(SEED, "initial weights")
     local.restore(start.state or local.initial_state(INITIAL_WEIGHTS, rng), start.iteration)
-    start = start._replace(state=None)  # 500 MB that nobody needs from here on
+    start.forget_state()  # 500 MB that nobody needs from here on
 
     # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
     batches = functions.match(training, say, tasks)
@@ -117,8 +113,9 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
 
     # ---- Training: iteration i is about the weights that i steps have made
     pool.wait()
-    images = f"{mini_batches} mini-batches of {MINI_BATCH} images, in {precision}"
-    say(f"{pool.count} workers; an iteration is {images}")
+    what = f"{mini_batches} mini-batches of {MINI_BATCH} images, in {precision}"
+    report.plan(args.iterations, epoch := sum(batch.count for batch in batches) / images)
+    say(f"{pool.count} workers; an iteration is {what}, an epoch is {epoch:.5g} iterations")
     say(f"The learning rate is {rule.rate}")
     if start.iteration:
         say(f"Resumed from {args.checkpoint_dir} at iteration {start.iteration}")
@@ -127,7 +124,7 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
     start.must_match(machine := pool.machine(), [], say)
     run = edited | {"STORED": repr(stored)} | source | machine
     facts = {"mini_batches": mini_batches, "precision": precision, "stored": stored, "run": run}
-    outcome.begin(local, facts, mean_image)
+    outcome.begin(local, mean_image, start.of_validations() | facts | {"epoch": epoch})
     draw = partial(helpers.draw_minibatches, batches, MINI_BATCH, mini_batches, SEED)
     minibatches = draw(start.iteration)
     report.start(start.iteration, batches, mean)
@@ -139,10 +136,11 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
 
         # What these weights are worth: a checkpoint, a validation, or the end of the run.
         last = iteration >= args.iterations
+        due = (last or is_due(iteration, VALIDATE_EVERY)) and not outcome.is_validated(iteration)
+        if held_out and due:
+            outcome.validation(*pool.validate(held_out, mean))
         if is_due(iteration, CHECKPOINT_EVERY):
             outcome.save()
-        if held_out and iteration > start.iteration and (last or is_due(iteration, VALIDATE_EVERY)):
-            report.validation(iteration, *pool.validate(held_out, mean))
         if last:
             break
         report.resume()
@@ -160,8 +158,65 @@ def train(args, stop, report, outcome, tasks, actor, can_grow):
         with stop.held():  # a step is made whole
             local.apply(gradients, norm, rate)
         report.lap("apply")
-        report.iteration(iteration, losses, mini_batches * MINI_BATCH, norm, rate)
+        report.iteration(iteration, losses, images, norm, rate)
         minibatches = upcoming
+
+
+def evaluate(args, start, report, outcome, tasks, actor, can_grow):
+    """What can be done where all iterations are made: a checkpoint's accuracy, and its export.
+
+    Its mean image centres the held-out images, so that no training image is needed.
+    """
+    say, wanted = report.say, args.val_prefix or args.export_dir
+    what = f"this is about iteration {start.iteration}" if wanted else "--iterations can be more"
+    say(f"Nothing to train: {start.place} has iteration {start.reached} already; {what}")
+    if not wanted:
+        return
+    network = {"LAYERS": repr(LAYERS), "NUM_CLASSES": repr(NUM_CLASSES)}
+    start.must_match(network, list(network), say)
+    local = alexnet.AlexNet(LAYERS, NUM_CLASSES)
+    local.restore(start.state, start.iteration)
+    start.forget_state()
+    mean = find_mean(args, start, tasks, say) if start.mean is None else start.mean
+    outcome.begin(local, mean)
+    report.plan(start.iteration, start.epoch)
+    if args.val_prefix:
+        tars, precision = find(args.s3_bucket, args.val_prefix, say), PRECISION or start.precision
+        what = args.s3_bucket, args.val_prefix, tars, args.val_label_file, start.stored
+        pool = start_workers(how_many_workers(), precision, cluster.Helpers(), report, can_grow, actor)
+        held_out = functions.match(load(*what, tasks), say, tasks)
+        pool.wait()
+        pool.update_weights(start.iteration, ray.put(local.weights(precision)))
+        outcome.validation(*pool.validate(held_out, ray.put(mean)))
+
+
+def find_mean(args, start, tasks, say):
+    """The mean of all training images, for a checkpoint of before checkpoints had it."""
+    why = "was saved without the mean image: the training set is loaded to compute it"
+    say(f"{start.place} {why}")
+    tars = find(args.s3_bucket, args.key_prefix, say)
+    what = args.s3_bucket, args.key_prefix, tars, args.label_file, start.stored
+    training = load(*what, tasks)
+    start.must_match(training.source, ["labels", *(["tars"] if CHECK_TARS else [])], say)
+    return functions.mean_image(functions.match(training, say, tasks), say, tasks)
+
+
+def resources():
+    """The CPUs and GPUs of one worker."""
+    return {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
+
+
+def how_many_workers():
+    """NUM_WORKERS, or as many as the cluster has room for."""
+    return NUM_WORKERS or max(1, sum(cluster.room_for_workers(**resources()).values()))
+
+
+def start_workers(count, precision, helpers, report, can_grow, actor):
+    """A pool of workers, each of which begins to build its network."""
+    network = {"layers": LAYERS, "num_classes": NUM_CLASSES}
+    timeouts = WORKER_TIMEOUT, WORKER_WAIT
+    what = count, resources(), network, precision, helpers, timeouts, report, can_grow
+    return workers.Workers(*what, actor)
 
 
 def is_due(iteration, every):
@@ -184,11 +239,9 @@ def find(bucket, prefix, say):
     return tars
 
 
-def form_of_images(bucket, tars, before, mini_batches, one_set, say):
-    """The form in which all images are stored: STORED, or the form of `before`, or what fits.
-
-    `one_set` is the bytes of a set of weights or of a mini-batch's gradients.
-    """
+def form_of_images(bucket, tars, before, mini_batches, precision, say):
+    """The form in which all images are stored: STORED, or the form of `before`, or what fits."""
+    one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
     images = imagenet.estimate_images(bucket, tars)
     in_batch = min(images / len(tars), decoding.PART.images)
     batches = {form: in_batch * size for form, size in imagenet.STORED_BYTES.items()}
@@ -314,7 +367,10 @@ def main(argv=None, report=None, actor=functions.Worker):
         outcome = results.Outcome(args, report)
         with contextlib.closing(cluster.DataTasks(report.say, TASK_TIMEOUT, stop.fail)) as tasks:
             try:
-                train(args, stop, report, outcome, tasks, actor, can_grow)
+                wanted = bool(args.val_prefix or args.export_dir)
+                start = outcome.checkpoints.start(args.iterations, wanted)
+                what = report, outcome, tasks, actor, can_grow
+                evaluate(args, start, *what) if start.trained else train(args, start, stop, *what)
             finally:  # whatever the end is, what is trained is saved
                 failed = stop.error or isinstance(sys.exc_info()[1], Exception)
                 with stop.held():

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
@@ -20,8 +19,8 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
-from tqdm import tqdm
 
+import terminal
 from decoding import A_TAR, decode_part, one_line, walk
 from s3 import PATIENT, InputError, data_client, s3_errors, s3_location
 from watching import Wait
@@ -148,7 +147,7 @@ def report_loading(bucket, loaded, say):
     parts, ended = [[part] for part in loaded], 0
     left, reports = {part.report: number for number, part in enumerate(loaded)}, []
     wait = Wait(say)
-    bar = tqdm(total=len(left), desc="Loading", unit="tar", disable=not sys.stderr.isatty())
+    bar = terminal.bar(total=len(left), desc="Loading", unit="tar")
     while left:
         done, _ = ray.wait(list(left), num_returns=1, timeout=PATIENCE)
         if not done:

@@ -19,7 +19,16 @@ from decoding import one_line
 from watching import ANSWER, silent_stderr, within
 
 # What runs on other nodes, too.
-CARRIED_MODULES = ("adding", "alexnet", "decoding", "functions", "imagenet", "s3", "watching")
+CARRIED_MODULES = (
+    "adding",
+    "alexnet",
+    "decoding",
+    "functions",
+    "imagenet",
+    "s3",
+    "terminal",
+    "watching",
+)
 
 CONNECT = 5  # seconds in which a process on a healthy node can be connected to
 

@@ -4,9 +4,7 @@ They are tried at the start of a run, the way that they will be used.
 """
 
 import contextlib
-import os
 import re
-import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -44,19 +42,6 @@ def checked_place(flag, place, remote=True):
             lost = "lies in the job's copy of its working directory, which Ray throws away"
             raise InputError(f"{flag} {place}: {lost}; {kinds}, by its absolute path")
     return str(folder)
-
-
-def say(line):
-    """Print a line; what the output's encoding does not have is escaped.
-
-    Once that fails, which raises OSError, all else that is printed is thrown away.
-    """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
 
 
 @contextlib.contextmanager

@@ -2,16 +2,21 @@
 saved."""
 
 import contextlib
+import math
 import time
+from collections import deque
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
-import places
+import terminal
 from alexnet import tf
 from places import checked_place, make_writable
 from s3 import InputError
 from saving import Checkpoints, SavedModel, write_errors
+
+RECENT = 50  # iterations that time left, speed and loss on a terminal are from
 
 
 class Report:
@@ -24,6 +29,8 @@ class Report:
         """Say all on standard output; `draw` adds learning curves."""
         self._folder, self._curves, self._seconds, self._since = None, None, {}, 0
         self.lost_curves, self._fail = False, None
+        self._last, self._epoch, self._bar = math.inf, None, None
+        self._recent = deque(maxlen=RECENT)  # (seconds, loss) of iterations
 
     def listen(self, fail):
         """Call `fail` with the error, from any thread, once standard output cannot be written."""
@@ -31,8 +38,12 @@ class Report:
 
     def say(self, line):
         """Print a line."""
+        self._output(terminal.say, line)
+
+    def _output(self, function, *arguments, **options):
+        """Do something on standard output, after whose end the run ends, too."""
         try:
-            places.say(line)
+            return function(*arguments, **options)
         except OSError as error:
             if self._fail:
                 self._fail(type(error)(f"standard output: {error.strerror}"))
@@ -44,11 +55,26 @@ class Report:
             with write_errors("--log-dir", folder):
                 self._open_curves()
 
+    def plan(self, last, epoch):
+        """The run is to end at iteration `last`, which can be inf; an epoch has so many iterations.
+
+        What is not known of an epoch, None, is not said.
+        """
+        self._last, self._epoch = last, epoch
+
     def start(self, iteration, batches, mean):
         """Training begins: with an iteration, all shuffled batches, a reference to the mean image."""
         # TensorBoard forgets what a run that was cut off wrote of later iterations.
         self._write(iteration, session_log=tf.SessionLog(status=tf.SessionLog.START))
+        total = None if self._last == math.inf else self._last
+        form = {"total": total, "initial": iteration, "bar_format": self._bar_format("")}
+        self._bar = self._output(terminal.bar, **form)
         self.resume()
+
+    def close(self):
+        """Take away the bar."""
+        if self._bar is not None:
+            self._output(self._bar.close)
 
     def resume(self):
         """Start the clock of a phase: what came since the last phase belongs to no iteration."""
@@ -61,12 +87,14 @@ class Report:
 
     def accuracy(self, iteration, accuracy):
         """The top-1 accuracy on a random batch, 0 to 1, of the weights of an iteration."""
-        self.say(f"Iteration {iteration}: accuracy = {accuracy:.1%}")
+        left = "" if terminal.is_there() else self._time_left(iteration)
+        self.say(f"Iteration {iteration}: accuracy = {accuracy:.1%}{left and ', '}{left}")
         self._add(iteration, {"accuracy": accuracy})
 
     def validation(self, iteration, top1, top5):
         """The accuracies on all of the held-out set, 0 to 1, of the weights of an iteration."""
-        self.say(f"Iteration {iteration}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
+        epoch = f" (epoch {iteration / self._epoch:.1f})" if self._epoch else ""
+        self.say(f"Iteration {iteration}{epoch}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
         self._add(iteration, {"validation top-1": top1, "validation top-5": top5})
 
     def iteration(self, iteration, losses, images, norm, rate):
@@ -75,10 +103,39 @@ class Report:
         phases, self._seconds = self._seconds, {}
         seconds, loss = sum(phases.values()), np.mean(losses)
         speed = images / seconds
+        self._recent.append((seconds, loss))
+        self._advance(iteration + 1, images)
         self.say(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
         scalars = {"loss": loss, "gradient norm": norm, "learning rate": rate}
+        if self._epoch:
+            scalars["epoch"] = iteration / self._epoch
         self._add(iteration, scalars | {"images a second": speed} | phases)
         self.resume()
+
+    def _time_left(self, iteration):
+        """The time that the iterations from one on will take, in words; "" if that is not known.
+
+        It is told by the median, which a lost worker does not move. Validations are not in it.
+        """
+        if self._last == math.inf or not self._recent:
+            return ""
+        seconds = (self._last - iteration) * np.median([seconds for seconds, _ in self._recent])
+        return f"{timedelta(seconds=round(seconds))} left"
+
+    def _advance(self, iteration, images):
+        """Have the bar say that an iteration is next; it is drawn below the next line."""
+        if self._bar is not None:
+            seconds, losses = zip(*self._recent, strict=True)
+            speed = f"{images / np.median(seconds):.1f} images/s"
+            said = self._time_left(iteration) or "{elapsed} elapsed"
+            self._bar.n = iteration
+            self._bar.bar_format = self._bar_format(f" [{said}, {speed}, loss {np.mean(losses):.3f}]")
+
+    def _bar_format(self, said):
+        """The form of the bar, in tqdm's terms, with what else is said."""
+        if self._last == math.inf:
+            return "{n_fmt} iterations" + said
+        return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" + said
 
     def _add(self, iteration, scalars):
         """Write a dict of tag -> number."""
@@ -128,20 +185,38 @@ class Outcome:
             missing = "there is no --checkpoint-dir and no --export-dir"
             self._say(f"The trained weights end with this run: {missing}")
 
-    def begin(self, network, facts, mean):
-        """There are weights from here on: of an AlexNet, with facts about its run, and a mean image."""
-        self._network, self._facts, self._mean = network, facts, mean
-        self.checkpoints.claim()
+    def begin(self, network, mean, facts=None):
+        """There are weights from here on: of an AlexNet whose images are centred by a mean image.
+
+        `facts` about the run become part of its checkpoints; without them, nothing is trained or saved.
+        """
+        self._network, self._mean, self._facts = network, mean, facts
+        if facts:
+            self.checkpoints.claim(facts["best"])
 
     def save(self):
         """Save a checkpoint in the background."""
-        self.checkpoints.save(self._network, self._facts)
+        if self._facts:
+            self.checkpoints.save(self._network, self._facts, self._mean)
+
+    def validation(self, top1, top5):
+        """Report the accuracies on all held-out images; a run that trains saves its best weights."""
+        iteration = self._network.iteration
+        self._report.validation(iteration, top1, top5)
+        if self._facts:
+            self._facts = self._facts | {"validated": iteration}
+            self.checkpoints.save(self._network, self._facts, self._mean, float(top1))
+
+    def is_validated(self, iteration):
+        """Whether an iteration has been validated, also before the run was resumed."""
+        return self._facts["validated"] == iteration
 
     def finish(self, failed):
         """Save and export the newest weights, and say what there is; whether all of it is there.
 
         A run that has `failed` exports only where nothing has been exported before.
         """
+        self._report.close()
         with contextlib.closing(self.checkpoints):
             if not self._network:
                 return True
@@ -150,9 +225,10 @@ class Outcome:
             self.checkpoints.wait()
         iteration, kept, missing = self._network.iteration, [], []
         if place := self.checkpoints.place:
-            saved = self.checkpoints.saved
+            saved, best = self.checkpoints.saved, self.checkpoints.best
             if saved:
-                kept.append(f"checkpoints in {place}")
+                at = f" (best: top-1 {best[1]:.1%} at iteration {best[0]})" if best else ""
+                kept.append(f"checkpoints in {place}{at}")
             if saved != iteration:
                 missing.append(f"the iterations after {saved}")
         if self._model.place and iteration:

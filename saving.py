@@ -6,6 +6,7 @@ Both are told a place to write to, which may be None: then they write nothing.
 import contextlib
 import fcntl
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -37,18 +38,28 @@ def write_errors(flag, place):
 class Start(NamedTuple):
     """Where a run begins: at a checkpoint, or at iteration 0, where nothing more is known yet.
 
-    `state` is the network's; `mini_batches` and `precision` are those of every iteration; `stored` is
-    the form of the images in memory; `run` is a dict of texts: the constants of driver.py, and
-    fingerprints of the data.
+    `state` is the network's, and `mean` the mean image that its images are centred by; `mini_batches`
+    and `precision` are those of every iteration, `epoch` is how many make one; `stored` is the form of
+    the images in memory; `run` is a dict of texts: the constants of driver.py, and fingerprints of the
+    data. `validated` is the iteration of the last validation, and `best` are iteration and top-1 of the
+    best one so far; `held_out` are fingerprints of the data that they are on. `reached` is the newest
+    iteration of all checkpoints; nothing is left to train if a run is `trained`.
     """
 
     place: str | None
     state: dict | None = None
+    mean: object = None
     iteration: int = 0
     mini_batches: int | None = None
     precision: str | None = None
+    epoch: float | None = None
     stored: str | None = None
     run: dict | None = None
+    validated: int = 0
+    best: list | None = None
+    held_out: dict | None = None
+    reached: int = 0
+    trained: bool = False
 
     def must_match(self, run, fixed, say):
         """InputError unless the texts in `run` that are `fixed` are as saved; says what has changed."""
@@ -66,6 +77,26 @@ class Start(NamedTuple):
         if new := [f"{key} = {run[key]}" for key in run if self.run and key not in self.run]:
             say(f"From here on {' and '.join(new)}: {self.place} is of before that")
 
+    def forget_state(self):
+        """Let go of the network's state, which a network has taken."""
+        if self.state:
+            self.state.clear()
+
+    def of_validations(self):
+        """The facts about validations, which checkpoints go on with."""
+        return {"validated": self.validated, "best": self.best, "held_out": self.held_out}
+
+    def validated_on(self, held_out, say):
+        """This Start with the fingerprints of a held-out set, None if there is none.
+
+        What was best on another set is forgotten.
+        """
+        if held_out in (None, self.held_out):
+            return self
+        if self.best:
+            say("The held-out set is another one: its best checkpoint is looked for from here on")
+        return self._replace(held_out=held_out, validated=0, best=None)
+
 
 OWNER = "checkpoint.owner"  # the file in S3 that names the run whose checkpoints these are
 
@@ -73,11 +104,12 @@ STATE = "checkpoint"  # the file in which TensorFlow looks for the names of chec
 
 
 class Checkpoints:
-    """Checkpoints in TensorFlow's own format, which `tf.train` reads; the newest three are kept.
+    """Checkpoints in TensorFlow's own format, which `tf.train` reads; the newest three and the best are
+    kept.
 
-    A checkpoint is the state of an AlexNet and a dict of facts about its run, as JSON. A thread writes
-    it under names that nobody reads and renames them, the index last. Then it goes to S3 in the same
-    order, if `place` is in S3; the file `checkpoint` names it last.
+    A checkpoint is the state of an AlexNet, the mean image, and a dict of facts about its run, as JSON.
+    A thread writes it under names that nobody reads and renames them, the index last. Then it goes to
+    S3 in the same order, if `place` is in S3; the file `checkpoint` names it last.
     """
 
     KEPT = 3
@@ -87,6 +119,7 @@ class Checkpoints:
         self.place = place = checked_place("--checkpoint-dir", place)
         self._say, self._ours = say, set()  # names of checkpoints that this program has written
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
+        self.best = None  # iteration and top-1 of the best one so far, which is whole
         self._writer, self._writing = ThreadPoolExecutor(1), None
         self._remote = S3Folder(place) if place and place.startswith("s3://") else None
         if place:
@@ -133,8 +166,12 @@ class Checkpoints:
         except OSError as error:
             self._say(f"{self.place} has no locks ({error.strerror}): a second run here goes unnoticed")
 
-    def claim(self):
-        """Make a place in S3 this run's: the last to begin has it, and others see that as they save."""
+    def claim(self, best=None):
+        """Make a place in S3 this run's: the last to begin has it, and others see that as they save.
+
+        `best` is that of the Start.
+        """
+        self.best = best
         if self._remote:
             self._name = uuid.uuid4().hex
             (self._folder / OWNER).write_text(self._name)
@@ -148,7 +185,7 @@ class Checkpoints:
     def _check_owner(self):
         """InputError if another run has claimed this place in S3."""
         if OWNER not in self._remote.names(OWNER):  # someone has cleaned up
-            self.claim()
+            self.claim(self.best)
         self._remote.download(OWNER, self._folder / OWNER)
         if (self._folder / OWNER).read_text() != self._name:
             raise InputError(f"{self.place}: another run saves here now")
@@ -157,15 +194,21 @@ class Checkpoints:
         """Names of the complete checkpoints, oldest first: the index is there once the data is."""
         files = self._remote.names() if self._remote else [path.name for path in self._folder.iterdir()]
         found = [re.fullmatch(r"ckpt-(\d+)\.index", file) for file in files]
-        return [f"ckpt-{number}" for number in sorted(int(match[1]) for match in found if match)]
+        return [_name(number) for number in sorted(int(match[1]) for match in found if match)]
 
-    def newest(self):
-        """The Start that the newest intact checkpoint is, or that of iteration 0 where there is none.
+    def start(self, iterations=math.inf, wanted=False):
+        """The Start of a run up to so many iterations: the newest intact checkpoint, or iteration 0.
 
-        Says which newer ones are damaged; InputError if there are none but damaged ones.
+        If a checkpoint has reached them and is `wanted`, to be evaluated or exported, it is the newest
+        intact one up to there. Says which newer ones are damaged; InputError if there are none but
+        damaged ones.
         """
         names = self._names() if self.place else []
-        for name in reversed(names):
+        reached = _iteration(names[-1]) if names else 0
+        trained = reached >= iterations
+        limit = iterations if trained and wanted else math.inf
+        within = [name for name in names if _iteration(name) <= limit]
+        for name in reversed(within):
             try:
                 if self._remote:
                     for file in _files(name):
@@ -173,53 +216,69 @@ class Checkpoints:
                 reader = tf.train.load_checkpoint(str(self._folder / name))
                 # Reading a tensor verifies its checksum.
                 state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-                facts = json.loads(state.pop("facts"))
-                self.saved = self._newest = facts["iteration"]
-                return Start(self.place, state, **{"stored": "pixels"} | facts)
+                mean, facts = state.pop("mean", None), json.loads(state.pop("facts"))
+                self.saved = self._newest = iteration = facts["iteration"]
+                trained = trained and (wanted or iteration >= iterations)
+                facts = {"stored": "pixels"} | facts | {"reached": reached, "trained": trained}
+                return Start(self.place, state, mean, **facts)
             except InputError:
                 raise
             except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
                 self._say(f"{self.place}: {name} is damaged and left out: {one_line(error)[:120]}")
+        if names and not within:
+            there = ", ".join(str(_iteration(name)) for name in names)
+            none = f"no checkpoint up to iteration {iterations} is kept; kept are {there}"
+            raise InputError(f"{self.place}: {none}")
         if names:
             raise InputError(f"{self.place}: no checkpoint is intact; remove them to start anew")
         return Start(self.place)
 
-    def save(self, network, facts):
+    def save(self, network, facts, mean, top1=None):
         """Write a checkpoint in the background; waits only for the one before it.
 
-        An iteration that has been tried is not tried again. A save that fails is said, no more.
+        With the top-1 accuracy of its weights, it is written only if that is the best so far. Without
+        it, an iteration that has been tried is not tried again. A save that fails is said, no more.
         """
-        if self.place and network.iteration != self._newest:
-            self.wait()
-            self._newest, facts = network.iteration, facts | {"iteration": network.iteration}
-            network.snapshot()
-            self._writing = self._writer.submit(self._try, network, self._newest, json.dumps(facts))
+        iteration = network.iteration
+        if not self.place or (top1 is None and iteration == self._newest):
+            return
+        self.wait()
+        best = self.best
+        if top1 is not None:
+            if best and top1 <= best[1]:
+                return
+            best = [iteration, top1]
+        self._newest, facts = iteration, facts | {"iteration": iteration, "best": best}
+        network.snapshot()
+        self._writing = self._writer.submit(self._try, network, facts, mean)
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
         if self._writing:
             self._writing.result()
 
-    def _try(self, network, iteration, facts):
+    def _try(self, network, facts, mean):
+        iteration = facts["iteration"]
         try:
             with write_errors("--checkpoint-dir", self.place):
-                self._write(network, iteration, facts)
-            self.saved = iteration
+                self._write(network, facts, mean)
+            self.saved, self.best = iteration, facts["best"]
         except InputError as error:
             self._say(f"The checkpoint of iteration {iteration} is not saved: {error}")
 
-    def _write(self, network, iteration, facts):
-        name = f"ckpt-{iteration}"
+    def _write(self, network, facts, mean):
+        name, best = _name(facts["iteration"]), facts["best"]
         if self._remote:
             self._check_owner()
-        network.save(str(self._folder / name), facts)
+        network.save(str(self._folder / name), json.dumps(facts), mean)
         names = [*(other for other in self._names() if other in self._ours - {name}), name]
         self._ours.add(name)
-        tf.train.update_checkpoint_state(str(self._folder), name, names[-self.KEPT :])
+        kept = {*names[-self.KEPT :], *([_name(best[0])] if best else [])}
+        tf.train.update_checkpoint_state(str(self._folder), name, [n for n in names if n in kept])
         if self._remote:
             for file in [*_files(name), STATE]:
                 self._remote.upload(self._folder / file, file)
-        for old in names[: -self.KEPT]:
+        for old in set(names) - kept:
             for file in reversed(_files(old)):
                 (self._folder / file).unlink(missing_ok=True)
                 if self._remote:
@@ -332,6 +391,14 @@ def _save_model(folder, network, mean):
             variable.load(weight, sess)
         outputs = {"probabilities": probabilities}
         tf.saved_model.simple_save(sess, str(folder), {"images": images}, outputs)
+
+
+def _name(iteration):
+    return f"ckpt-{iteration}"
+
+
+def _iteration(checkpoint):
+    return int(checkpoint.removeprefix("ckpt-"))
 
 
 def _files(checkpoint):

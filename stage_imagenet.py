@@ -28,14 +28,14 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import simplejpeg
-from tqdm import tqdm
 
 import decoding
 from decoding import one_line
 from ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
 from imagenet import MAX_NAMED
-from places import S3Folder, say
+from places import S3Folder
 from s3 import InputError
+from terminal import bar, say
 
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
 JPEG_QUALITY = 90  # of resized images
@@ -133,7 +133,7 @@ def stage_tars(name, tars, folder, there, side):
     """
     lines, others, count, uploaded, stop = set(), [], 0, 0, threading.Event()
     pool = ThreadPoolExecutor(max(TARS_AT_ONCE, os.cpu_count() if side else 0))
-    bar = tqdm(total=len(tars), desc=f"Staging {name}", unit="tar", disable=not sys.stderr.isatty())
+    progress = bar(total=len(tars), desc=f"Staging {name}", unit="tar")
     try:
         # A generator, so that nobody keeps the finished jobs with their lists of images.
         jobs = (pool.submit(stage_tar, folder, there, *tar, side, stop) for tar in tars.items())
@@ -142,14 +142,14 @@ def stage_tars(name, tars, folder, there, side):
             uploaded, count = uploaded + new, count + len(listing.images)
             lines |= {label_line(image) for image in listing.images}
             others += listing.others
-            bar.set_postfix(uploaded=uploaded, refresh=False)
-            bar.update()
-            if bar.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
+            progress.set_postfix(uploaded=uploaded, refresh=False)
+            progress.update()
+            if progress.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
                 say(f"Staging {name}: {done} of {len(tars)} tars, {uploaded} uploaded")
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-        bar.close()
+        progress.close()
     say(f"{name}: {count} images in {len(tars)} tars, {uploaded} of them uploaded")
     return "".join(sorted(lines)), others
 

@@ -13,6 +13,8 @@ import saving
 from imagenet import InputError
 from tests.support import THIN
 
+MEAN = np.ones((256, 256, 3), np.float32)
+
 
 def random_input(n=4, num_classes=10, seed=0):
     rng = np.random.default_rng(seed)
@@ -251,10 +253,11 @@ def test_initial_weights():
 RUN, FIXED = {"SEED": "0", "LEARNING_RATE": "0.1"}, ["SEED"]
 
 
-def save(checkpoints, iteration, network):
+def save(checkpoints, iteration, network, top1=None):
     network.iteration = iteration
-    checkpoints.claim()
-    checkpoints.save(network, {"mini_batches": 2, "precision": "float32", "run": RUN})
+    checkpoints.claim(checkpoints.best)
+    facts = {"mini_batches": 2, "precision": "float32", "run": RUN}
+    checkpoints.save(network, facts, MEAN, top1)
     checkpoints.wait()
 
 
@@ -276,15 +279,47 @@ def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
     assert json.loads(reader.get_tensor("facts"))["iteration"] == 5
 
 
+def test_the_best_checkpoint_is_kept_beside_the_newest_three(place):
+    """One that is validated and not the best so far is not saved by that alone."""
+    network, checkpoints = thin_network(), saving.Checkpoints(place, print)
+    for iteration, top1 in (
+        (1, 0.2),
+        (2, 0.5),
+        (3, 0.5),
+        (4, None),
+        (5, 0.3),
+        (6, None),
+        (7, None),
+        (8, None),
+    ):
+        save(checkpoints, iteration, network, top1)
+    assert checkpoints.best == [2, 0.5]
+    del checkpoints
+    kept, said = saving.Checkpoints(place, print), []
+    for iteration in (2, 6, 7, 8):
+        assert kept.start(iteration, wanted=True).iteration == iteration
+    assert kept.start(5, wanted=True).iteration == 2
+    with pytest.raises(
+        InputError, match="no checkpoint up to iteration 1 is kept; kept are 2, 6, 7, 8$"
+    ):
+        kept.start(1, wanted=True)
+    newest = kept.start()
+    assert newest.best == [2, 0.5] and not newest.trained and (newest.mean == MEAN).all()
+    assert newest.validated_on(None, said.append) == newest and said == []
+    assert newest.validated_on({"tars": "others"}, said.append).best is None and len(said) == 1
+
+
 def test_resume_restores_weights_and_momentum(place):
     network = thin_network(momentum=0.9)
-    assert saving.Checkpoints(place, print).newest() == saving.Start(place)
+    assert saving.Checkpoints(place, print).start() == saving.Start(place)
     gradients = [np.ones_like(w) for w in network.weights()]
     network.apply(gradients, 1.0, 0.1)
     save(saving.Checkpoints(place, print), 1, network)
     network.apply(gradients, 1.0, 0.1)
-    start = saving.Checkpoints(place, print).newest()
-    assert start._replace(state=None) == saving.Start(place, None, 1, 2, "float32", "pixels", RUN)
+    start = saving.Checkpoints(place, print).start()
+    facts = {"mini_batches": 2, "precision": "float32", "stored": "pixels", "run": RUN}
+    as_saved = saving.Start(place, iteration=1, reached=1, **facts)
+    assert start._replace(state=None, mean=None) == as_saved
     other = thin_network(momentum=0.9)
     other.restore(start.state)
     other.apply(gradients, 1.0, 0.1)
@@ -295,7 +330,7 @@ def test_resume_restores_weights_and_momentum(place):
 def test_without_a_place_nothing_is_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(saving.Checkpoints(None, print), 1, thin_network())
-    assert saving.Checkpoints(None, print).newest() == saving.Start(None)
+    assert saving.Checkpoints(None, print).start() == saving.Start(None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,17 +345,17 @@ def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_pat
     index.write_bytes(index.read_bytes()[:50])
     (tmp_path / "checkpoint").write_text("nonsense")
     said = []
-    assert saving.Checkpoints(str(tmp_path), said.append).newest().iteration == 1
+    assert saving.Checkpoints(str(tmp_path), said.append).start().iteration == 1
     assert ["ckpt-3" in said[0], "ckpt-2" in said[1]] == [True, True]
     data = tmp_path / "ckpt-1.data-00000-of-00001"
     data.write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint is intact"):
-        saving.Checkpoints(str(tmp_path), said.append).newest()
+        saving.Checkpoints(str(tmp_path), said.append).start()
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path):
     save(saving.Checkpoints(str(tmp_path), print), 1, thin_network())
-    start, said = saving.Checkpoints(str(tmp_path), print).newest(), []
+    start, said = saving.Checkpoints(str(tmp_path), print).start(), []
     with pytest.raises(InputError, match=r"different are SEED \(was 0\)"):
         start.must_match(RUN | {"SEED": "1"}, FIXED, said.append)
     start = start._replace(run=RUN | {"tars": "a digest"})

@@ -94,7 +94,7 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
     assert train(photos, "--iterations", 5, "--checkpoint-dir", tmp_path, report=report) == 0
     assert report.rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
     assert min(report.norms) > 0.01  # each step was shortened
-    state = saving.Checkpoints(str(tmp_path), print).newest().state
+    state = saving.Checkpoints(str(tmp_path), print).start().state
     last_step = [value for name, value in state.items() if name.endswith("/Momentum")]
     length = np.sqrt(sum(np.vdot(part, part) for part in last_step))
     assert length == pytest.approx(0.005 * 0.01, rel=1e-3)
@@ -138,11 +138,16 @@ def test_the_whole_story(finished):
     assert "120 images in 10 batches" in out
     assert re.findall(r"Shuffle round (\d) of 5 done", out) == list("12345")
     assert "2 workers; an iteration is 2 mini-batches of 5 images" in out
+    assert ", an epoch is 12 iterations\n" in out
     lines = re.findall(r"^Iteration (\d): loss = [\d.]+, [\d.]+ images/s, [\d.]+ s$", out, re.M)
     assert lines == list("012")
-    assert re.findall(r"^Iteration (\d): accuracy = [\d.]+%$", out, re.M) == list("02")
-    left = f"checkpoints in {folder}/saved, network in {folder}/network, curves in {folder}/curves"
-    assert out.endswith(f"Stopped at iteration 3: {left}\n")
+    assert re.findall(r"^Iteration (\d): accuracy = [\d.]+%(.*)$", out, re.M) == [
+        ("0", ""),
+        ("2", ", 0:00:00 left"),
+    ]
+    saved = rf"checkpoints in {folder}/saved \(best: top-1 [\d.]+% at iteration [23]\)"
+    left = f"{saved}, network in {folder}/network, curves in {folder}/curves"
+    assert re.fullmatch(f"Stopped at iteration 3: {left}", out.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +165,7 @@ def held_out(photos, finished):
 def session(finished, held_out):
     """One session with the weights of that run, and all images as it takes them."""
     network = alexnet.AlexNet(THIN, num_classes=10)
-    state = saving.Checkpoints(str(finished[1] / "saved"), print).newest().state
+    state = saving.Checkpoints(str(finished[1] / "saved"), print).start().state
     network.restore(state)
     images, _ = held_out
     return network, (images - images.mean(axis=0).astype(np.float32))[:, 16:240, 16:240]
@@ -169,7 +174,7 @@ def session(finished, held_out):
 def test_validation_counts_every_held_out_image(finished, held_out, session):
     """Against one session that takes all images at once."""
     lines = re.findall(
-        r"^Iteration (\d): validation top-1 = (.*%), top-5 = (.*%)$", finished[0], re.MULTILINE
+        r"^Iteration (\d) \(epoch 0.[23]\): validation top-1 = (.*%), top-5 = (.*%)$", finished[0], re.M
     )
     assert [number for number, *_ in lines] == ["2", "3"]
     network, centred = session
@@ -184,7 +189,7 @@ def test_curves_have_what_is_printed(finished):
     points = {}
     for event in tf.train.summary_iterator(str(events)):
         points |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    every = {"loss", "gradient norm", "learning rate", "images a second"}
+    every = {"loss", "gradient norm", "learning rate", "images a second", "epoch"}
     every |= {f"seconds/{phase}" for phase in ("broadcast", "compute", "gather", "apply")}
     assert set(points) == (
         {(tag, iteration) for tag in every for iteration in range(3)}
@@ -200,7 +205,8 @@ def test_curves_have_what_is_printed(finished):
         phases = [value for (tag, step), value in points.items() if "/" in tag and step == iteration]
         assert f"{sum(phases):.2f}" == seconds
     assert f"Iteration 2: accuracy = {points['accuracy', 2]:.1%}" in out
-    assert f"Iteration 3: validation top-1 = {points['validation top-1', 3]:.1%}" in out
+    assert f"Iteration 3 (epoch 0.2): validation top-1 = {points['validation top-1', 3]:.1%}" in out
+    assert points["epoch", 2] == pytest.approx(2 / 12)
 
 
 def test_exported_network_gives_the_sessions_probabilities(finished, held_out, session):
@@ -230,7 +236,7 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
         assert np.ptp(np.log(exported(photo)["probabilities"].numpy()) - logits) < 1e-4
 
 
-def test_images_are_kept_as_pixels_if_these_fit(one_ray, photos):
+def test_images_are_kept_as_pixels_if_these_fit(thin, one_ray, photos):
     """A checkpoint's form stays. The same few tars count many times: each of them is small."""
     few, _ = imagenet.list_tars(photos, "")
     for some, before, stored, spilled in (
@@ -241,7 +247,7 @@ def test_images_are_kept_as_pixels_if_these_fit(one_ray, photos):
         (few * 30, "pixels", "pixels", True),
     ):
         said = []
-        assert driver.form_of_images(photos, some, before, 2, 10**6, said.append) == stored
+        assert thin.form_of_images(photos, some, before, 2, "float32", said.append) == stored
         assert ("goes to disk" in said[0]) == spilled
 
 
@@ -300,8 +306,8 @@ checkout.rename(checkout.with_name("gone"))  # from here on, no node can see it
 
 @ray.remote
 def carried():
-    import adding, alexnet, decoding, functions, imagenet, s3, watching
-    modules = adding, alexnet, decoding, functions, imagenet, s3, watching
+    import adding, alexnet, decoding, functions, imagenet, s3, terminal, watching
+    modules = adding, alexnet, decoding, functions, imagenet, s3, terminal, watching
     return sorted({str(file) for module in modules
                    for file in Path(module.__file__).parent.iterdir() if file.name != "__pycache__"})
 
@@ -326,6 +332,6 @@ def test_modules_and_nothing_else_reach_nodes_without_the_checkout(one_ray, tmp_
         timeout=120,
     )
     files = [Path(line) for line in output.stdout.split()]
-    carried = "adding", "alexnet", "decoding", "functions", "imagenet", "s3", "watching"
+    carried = "adding", "alexnet", "decoding", "functions", "imagenet", "s3", "terminal", "watching"
     assert sorted(file.name for file in files) == [f"{name}.py" for name in carried], output.stderr
     assert not any({tmp_path, ROOT} & set(file.parents) for file in files)

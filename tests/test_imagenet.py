@@ -199,7 +199,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_gets_a_bar_instead_of_lines(one_ray):
     lines = []
-    with contextlib.redirect_stderr(Terminal()) as terminal:
+    with contextlib.redirect_stdout(Terminal()) as terminal:
         imagenet.report_loading("b", [listed({}) for _ in range(4)], lines.append)
     assert lines == [] and "4/4" in terminal.getvalue() and "images=12" in terminal.getvalue()
 

@@ -115,7 +115,7 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
     assert not any(process.is_running() for process in stopped)  # and not left behind stopped
     out = run.output()
     for line in (
-        "6 workers; an iteration is 6 mini-batches of 5 images, in float32",
+        "6 workers; an iteration is 6 mini-batches of 5 images, in float32, an epoch is 4 iterations",
         "That stays so, however the cluster grows: NUM_WORKERS in driver.py waits for more workers",
         r"gradients are lost \(.*\): they are computed again",
         r"node \w{8} is lost with 2 workers: \d of 6 go on",
@@ -156,7 +156,7 @@ def test_cpus_of_several_models_and_a_late_one_without_bfloat16(s3, photos, tmp_
     out = run.output()
     for line in (
         r"CPUs of several models \(Abacus; Quipu\): two runs may differ in the last bits",
-        "2 workers; an iteration is 2 mini-batches of 2 images, in bfloat16",
+        "2 workers; an iteration is 2 mini-batches of 2 images, in bfloat16, an epoch is 30 iterations",
         r"node \w{8} is left alone: its CPU has no instructions for bfloat16, in .*",
         r"worker \d is back: 2 of 2 are up",
     ):

@@ -99,11 +99,11 @@ def test_results_need_plain_requests_alone(s3, bucket, proxy, network, tmp_path)
     large.write_bytes(bytes(20 * 2**20))
     places.S3Folder(place).upload(large, "large")
     network.iteration = 1
-    saved.save(network, {"mini_batches": 1, "precision": "float32", "run": {}})
+    saved.save(network, {"mini_batches": 1, "precision": "float32", "run": {}}, MEAN)
     saved.wait()
     assert saved.saved == 1
     saving.SavedModel(place).write(network, MEAN)
-    assert saving.Checkpoints(place, print).newest().iteration == 1
+    assert saving.Checkpoints(place, print).start().iteration == 1
     assert len(proxy.requests) > 20 and all(map(is_plain, proxy.requests))
 
 
@@ -147,7 +147,7 @@ def test_damaged_checkpoints_are_not_deleted(network, tmp_path):
     checkpoints = saving.Checkpoints(str(tmp_path), print)
     for iteration in range(2, 7):
         network.iteration = iteration
-        checkpoints.save(network, {"mini_batches": 1, "precision": "float32", "run": {}})
+        checkpoints.save(network, {"mini_batches": 1, "precision": "float32", "run": {}}, MEAN)
     checkpoints.wait()
     left = sorted(path.stem for path in tmp_path.glob("*.index"))
     assert left == ["ckpt-1", "ckpt-4", "ckpt-5", "ckpt-6"]

@@ -17,9 +17,9 @@ import pytest
 
 import cluster
 import places
-import results
 import saving
 from tests.fault_proxy import fault_proxy
+from tests.moments import At
 from tests.support import (
     ITERATIONS,
     ROOT,
@@ -31,31 +31,6 @@ from tests.support import (
     wait_until,
     workers_of,
 )
-
-
-class At(results.Report):
-    """Does things at moments: a dict of (iteration, phase) or of the start of a line -> function."""
-
-    def __init__(self, moments):
-        super().__init__()
-        self.moments, self.now = moments, None
-
-    def start(self, iteration, *data):
-        super().start(iteration, *data)
-        self.now = iteration
-
-    def say(self, line):
-        super().say(line)
-        for moment in [m for m in self.moments if isinstance(m, str) and line.startswith(m)]:
-            self.moments.pop(moment)()
-
-    def lap(self, phase):
-        super().lap(phase)
-        self.moments.pop((self.now, phase), lambda: None)()
-
-    def iteration(self, iteration, *numbers):
-        super().iteration(iteration, *numbers)
-        self.now = iteration + 1
 
 
 def send(signum):
@@ -182,7 +157,7 @@ def test_run_whose_output_nobody_reads_any_more_ends_quietly(one_ray, photos, tm
         run.stdout.close()
         assert run.wait(60) == 141
         assert run.stderr.read() == ""
-    assert saving.Checkpoints(str(tmp_path), print).newest().iteration > 2
+    assert saving.Checkpoints(str(tmp_path), print).start().iteration > 2
 
 
 # ---- saves that fail
@@ -240,7 +215,7 @@ def test_saves_that_s3_refuses_for_a_while_and_at_the_end(
             f"not saved: the iterations after {saved}\n"
         )
         proxy.always.clear()
-        assert saving.Checkpoints(place, print).newest().iteration == saved
+        assert saving.Checkpoints(place, print).start().iteration == saved
 
 
 # ---- errors that end a run

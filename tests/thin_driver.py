@@ -19,6 +19,7 @@ import driver  # before Ray, to which it says what to leave out
 import ray
 
 import results
+import terminal
 from tests import support
 
 # Batches are identified where they lie: copies in this process's node would outlive all other nodes.
@@ -30,7 +31,7 @@ PATIENT_FROM = 15  # the iteration from which on a lost worker is waited for
 
 def stand_still(moment):
     """Say where the run is, and wait for a line."""
-    print(f"Paused after {moment}", flush=True)
+    terminal.say(f"Paused after {moment}")
     sys.stdin.readline()
 
 
@@ -69,7 +70,7 @@ class Report(results.Report):
         self.now = iteration + 1
         if iteration % 20 == 0:
             found = [identify.remote(batch.images, batch.labels) for batch in self.batches]
-            print(support.fingerprint(ray.get(found)), flush=True)
+            terminal.say(support.fingerprint(ray.get(found)))
         if self.missing and iteration >= PATIENT_FROM:
             time.sleep(3)
 
