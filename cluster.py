@@ -9,7 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -341,10 +341,11 @@ class Helpers:
             minibatch.ref(helper)  # now, ahead of time
         return drawn
 
-    def draw_sample(self, batches, size, seed, iteration):
-        """A Drawn mini-batch of at most `size` images of a random batch, for an accuracy."""
+    def draw_sample(self, batches, size, parts, seed, iteration):
+        """At most `size` images of a random batch, for an accuracy: in `parts` Drawn mini-batches."""
         [batch] = random_batches(batches, [(seed, "accuracy", iteration)])
-        return Drawn(self, "draw_sample", batch, size)
+        parts = min(parts, size, batch.count)
+        return [Drawn(self, "draw_sample", batch, size, part, parts) for part in range(parts)]
 
     def draw_piece(self, batch, start, stop):
         """A Drawn mini-batch of the images `start` to `stop` of a batch, to validate on."""
@@ -385,3 +386,13 @@ class Helpers:
                 self.restart_hung()
                 restart += timeout
         return tree, dict(zip(left, ray.get([*left.values()]), strict=True))
+
+
+def first_line(error):
+    """The line of an error's message that says most: the last one of a traceback, else the first."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1 if 'File "' in str(error) else 0][:200]

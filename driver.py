@@ -145,9 +145,10 @@ def train(args, start, stop, report, outcome, tasks, actor, can_grow):
             break
         report.resume()
 
-        # A gradient from each random mini-batch, and an accuracy on a random batch beside them.
+        # A gradient from each random mini-batch, and now and then an accuracy on a random batch.
         if is_due(iteration, ACCURACY_EVERY):
-            pool.print_accuracy(helpers.draw_sample(batches, ACCURACY_SAMPLE, SEED, iteration), mean)
+            sample = helpers.draw_sample(batches, ACCURACY_SAMPLE, mini_batches, SEED, iteration)
+            pool.print_accuracy(sample, mean)
         losses = pool.compute_grad(minibatches, mean, KEEP_PROBABILITY, SEED)
         report.lap("compute")
 
@@ -314,7 +315,7 @@ def explain(error):
     if isinstance(cause, s3.InputError | joining.ClusterError):
         return str(cause)
     if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
-        return f"Ray cannot go on: {workers.first_line(cause)}"
+        return f"Ray cannot go on: {cluster.first_line(cause)}"
     raise error
 
 

@@ -324,10 +324,10 @@ class Helper:
         crops = rng.integers(0, [*(margins + 1), 2], (count, 3))
         return crop_images(images, labels, chosen, crops)
 
-    def draw_sample(self, images, labels, count):
-        """A MiniBatch of at most `count` images that are spread evenly over a batch."""
+    def draw_sample(self, images, labels, count, part, parts):
+        """A MiniBatch: one of so many parts of at most `count` images, spread evenly over a batch."""
         chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
-        return centre_minibatch(images, labels, chosen)
+        return centre_minibatch(images, labels, chosen[part::parts])
 
     def draw_piece(self, images, labels, start, stop):
         """A MiniBatch of the images `start` to `stop` of a batch."""
@@ -383,9 +383,13 @@ class Worker:
         return self.network.compute_grad(images, y_true, keep_probability, dropout_seed)
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
-        """The share of a MiniBatch's images whose top-1 class is right; the driver prints it."""
+        """How many images of a MiniBatch are right, top-1, and how many there are: int [2].
+
+        The driver prints the share of all workers' images.
+        """
         self.update_weights(iteration, weightrefs)
-        return self.network.count_hits(*self._inputs(minibatch, mean))[0] / len(minibatch.labels)
+        right, _ = self.network.count_hits(*self._inputs(minibatch, mean))
+        return np.array([right, len(minibatch.labels)])
 
     def count_hits(self, iteration, weightrefs, minibatch, mean):
         """How many of a MiniBatch's images are right, top-1 and top-5: int [2]."""

@@ -4,7 +4,6 @@ replaces the lost."""
 import math
 import time
 from collections import Counter, deque, namedtuple
-from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -14,7 +13,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 import cluster
 from adding import all_finite, mean_of
-from cluster import CRASHES_IN_A_ROW, Patience, Room, ask, lives, on_node
+from cluster import CRASHES_IN_A_ROW, Patience, Room, ask, first_line, lives, on_node
 from functions import CPU_SLICE, Worker, aligned_empty, generator
 from imagenet import PATIENCE
 from joining import ClusterError, carried
@@ -27,8 +26,8 @@ MOMENT = 0.001  # seconds in which answers are taken together
 VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
 
 # A call of a worker's method, which returns so many values. It is sent once the Drawn mini-batch, which
-# is its first argument, is there. `then` takes its last value.
-Request = namedtuple("Request", "method drawn arguments returns then", defaults=(1, None))
+# is its first argument, is there.
+Request = namedtuple("Request", "method drawn arguments returns", defaults=(1,))
 
 # The last value of a request, the worker and the node that it is from, references of the values before.
 Result = namedtuple("Result", "value worker node refs")
@@ -68,7 +67,7 @@ class Workers:
         self._can_grow, self._asked = can_grow, False
         self._room = Room(resources, helpers.here, report.say)
         self._weights = None  # iteration, a list with the reference of its weights
-        self._beside = []  # requests to run beside the next gradients
+        self._accuracy = []  # requests to run after the next gradients
         self._requests, self._results = [], []  # those of this iteration's gradients
         self._means = []  # arrays of the mean gradients
         self._up = {}  # number -> Member
@@ -209,12 +208,12 @@ class Workers:
             member.actor.update_weights.remote(*self._weights, passed_on[member.node])
 
     def print_accuracy(self, sample, mean):
-        """Have one worker measure the accuracy of the weights just loaded, beside the next gradients.
+        """Have the workers measure the accuracy of the weights just loaded, after the next gradients.
 
-        The report prints it as soon as it is there. `sample` is a Drawn mini-batch.
+        `sample` are Drawn mini-batches, one for each worker: so it costs no more than their forward
+        passes. The report prints it.
         """
-        then = partial(self._report.accuracy, self._weights[0])
-        self._beside = [Request("print_accuracy", sample, (mean,), then=then)]
+        self._accuracy = [Request("print_accuracy", part, (mean,)) for part in sample]
 
     def validate(self, batches, mean):
         """Top-1 and top-5 accuracy on all images of some batches, with the weights just loaded.
@@ -237,8 +236,12 @@ class Workers:
             for index, minibatch in enumerate(minibatches)
             for dropout in [dropout_seed(seed, iteration, index)]
         ]
-        results = self._run(self._beside + self._requests)
-        self._results, self._beside = results[len(self._beside) :], []
+        results = self._run(self._requests + self._accuracy)
+        self._results, hits = results[: len(minibatches)], results[len(minibatches) :]
+        if hits:
+            right, of = sum(result.value for result in hits)
+            self._report.accuracy(iteration, right / of)
+        self._accuracy = []
         losses = [result.value for result in self._results]
         self._check(np.isfinite(losses), "loss")
         return losses
@@ -327,10 +330,13 @@ class Workers:
         data = {requests[number].drawn.ref(): number for number in ahead}
         there, unready = ray.wait(list(data), num_returns=len(data), timeout=0, fetch_local=False)
         ready = set(there)
+        alike = sum(request.returns > 1 for request in requests) or len(
+            requests
+        )  # gradients, or pieces
         for number in [data[ref] for ref in data if ref in ready][: len(free)]:
             waiting.remove(number)
             # Neighbours in the list go to one node, where their gradients are added up.
-            home = members[number * len(members) // len(requests)]
+            home = members[number % alike * len(members) // alike]
             member = free.pop(home.number if home.number in free else next(iter(free)))
             run = self._send(number, requests[number], member)
             running[run.refs[-1]] = run
@@ -381,8 +387,6 @@ class Workers:
             return None
         request.drawn.let_go()  # or a validation's images would all lie in the object store
         self._room.worked(member.node)
-        if request.then:
-            request.then(value)
         return Result(value, member.number, member.node, run.refs[:-1])
 
     def _count_crash(self, run, request, crashes, error):
@@ -438,13 +442,3 @@ class Workers:
 def dropout_seed(seed, iteration, index):
     """Two integers that decide the dropout masks of a mini-batch."""
     return generator(seed, "dropout", iteration, index).integers(2**31, size=2).tolist()
-
-
-def first_line(error):
-    """The line of an error's message that says most: the last one of a traceback, else the first."""
-    if isinstance(error, RayTaskError):
-        error = error.cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return lines[-1 if 'File "' in str(error) else 0][:200]

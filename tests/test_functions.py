@@ -232,11 +232,17 @@ def test_random_batch_is_as_likely_as_it_is_large():
 
 
 def test_an_accuracys_sample_is_bounded_and_cropped_at_the_centre(one_ray):
-    helpers, batches = cluster.Helpers(), put_batches([250])
-    pixels, labels, crops = ray.get(helpers.draw_sample(batches, 100, 0, 0).ref())
-    assert len(pixels) == 100 and len(set(labels.tolist())) == 100
-    assert set(map(tuple, crops)) == {(16, 16, 0)}
-    assert len(ray.get(helpers.draw_sample(put_batches([7]), 100, 0, 0).ref()).labels) == 7
+    helpers = cluster.Helpers()
+
+    def sample(images, parts):
+        drawn = helpers.draw_sample(put_batches([images]), 100, parts, 0, 0)
+        return ray.get([part.ref() for part in drawn])
+
+    parts = sample(250, 3)
+    assert [len(part.pixels) for part in parts] == [34, 33, 33]
+    assert len({label for part in parts for label in part.labels.tolist()}) == 100
+    assert {tuple(crop) for part in parts for crop in part.crops} == {(16, 16, 0)}
+    assert [len(part.labels) for part in sample(7, 80)] == [1] * 7
 
 
 def test_the_mean_is_subtracted_under_the_same_crop():

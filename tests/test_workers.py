@@ -141,18 +141,33 @@ def test_workers_do_not_outlive_a_run(one_ray):
         ray.get(handle.place.remote(), timeout=60)
 
 
-def test_accuracy_does_not_keep_other_workers_waiting(one_ray, tmp_path):
-    """While one worker is busy with an accuracy, another one computes all the mini-batches."""
-    pool = two_workers(actor=noting_worker(tmp_path))
-    pool.update_weights(0, ray.put([np.zeros(shape) for shape in alexnet.weight_shapes(**NETWORK)]))
-    pool.print_accuracy(Given(None), None)  # this worker class has it wait for two gradients
-    assert pool.compute_grad([Given(None), Given(None)], None, 1.0, 0) == [1.0, 1.0]
-    calls = notes(tmp_path)
-    assert [call.method for call in calls if call.method != "update_weights"] == [
+class Accuracies(results.Report):
+    """Keeps the accuracies."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracies = []
+
+    def accuracy(self, iteration, accuracy):
+        super().accuracy(iteration, accuracy)
+        self.accuracies.append((iteration, accuracy))
+
+
+def test_an_accuracy_comes_after_the_gradients_and_is_shared_out(one_ray, tmp_path):
+    report = Accuracies()
+    pool = two_workers(report, actor=noting_worker(tmp_path))
+    pool.update_weights(7, ray.put([np.zeros(shape) for shape in alexnet.weight_shapes(**NETWORK)]))
+    pool.print_accuracy([Given(None)] * 4, None)  # this worker class has it wait for two gradients
+    for _ in range(2):
+        assert pool.compute_grad([Given(None), Given(None)], None, 1.0, 0) == [1.0, 1.0]
+    calls = [call for call in notes(tmp_path) if call.method != "update_weights"]
+    assert [call.method for call in calls] == [
         *["compute_grad"] * 2,
-        "print_accuracy",
+        *["print_accuracy"] * 4,
+        *["compute_grad"] * 2,
     ]
-    assert calls[-1].pid not in {call.pid for call in calls if call.method == "compute_grad"}
+    assert len({call.pid for call in calls if call.method == "print_accuracy"}) == 2
+    assert report.accuracies == [(7, 0.5)]
 
 
 # ---- two workers that are up
