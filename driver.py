@@ -370,8 +370,10 @@ def main(argv=None, report=None, actor=functions.Worker):
             try:
                 wanted = bool(args.val_prefix or args.export_dir)
                 start = outcome.checkpoints.start(args.iterations, wanted)
-                what = report, outcome, tasks, actor, can_grow
-                evaluate(args, start, *what) if start.trained else train(args, start, stop, *what)
+                if start.trained:
+                    evaluate(args, start, report, outcome, tasks, actor, can_grow)
+                else:
+                    train(args, start, stop, report, outcome, tasks, actor, can_grow)
             finally:  # whatever the end is, what is trained is saved
                 failed = stop.error or isinstance(sys.exc_info()[1], Exception)
                 with stop.held():

@@ -16,7 +16,7 @@ from places import checked_place, make_writable
 from s3 import InputError
 from saving import Checkpoints, SavedModel, write_errors
 
-RECENT = 50  # iterations that time left, speed and loss on a terminal are from
+RECENT = 50  # iterations that the time left, and the bar's speed and loss, are from
 
 
 class Report:
@@ -68,7 +68,7 @@ class Report:
         self._write(iteration, session_log=tf.SessionLog(status=tf.SessionLog.START))
         total = None if self._last == math.inf else self._last
         form = {"total": total, "initial": iteration, "bar_format": self._bar_format("")}
-        self._bar = self._output(terminal.bar, **form)
+        self._bar = self._output(terminal.bar, **form, leave=False)
         self.resume()
 
     def close(self):

@@ -28,5 +28,5 @@ def say(line):
 
 
 def bar(**options):
-    """A bar of tqdm's, which vanishes once it is closed; without a terminal, it shows nothing."""
-    return tqdm(file=sys.stdout, disable=not is_there(), leave=False, dynamic_ncols=True, **options)
+    """A bar of tqdm's on standard output, with its options; without a terminal, it shows nothing."""
+    return tqdm(file=sys.stdout, disable=not is_there(), dynamic_ncols=True, **options)
