@@ -4,6 +4,10 @@ import contextlib
 import os
 import uuid
 
+os.environ.setdefault(
+    "TF_USE_LEGACY_KERAS", "1"
+)  # TensorFlow leaves Keras out: it loads a sixth sooner
+
 import driver  # before Ray, to which it says what to leave out
 
 # isort: split

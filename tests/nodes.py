@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 
 from tests.support import WARM, Run, titled, wait_until
 
-NO_DASHBOARD = {"include_dashboard": False}  # no test here looks at it
+UNSEEN = {"include_dashboard": False, "include_log_monitor": False}  # no test here looks at them
 STORE = {"object_store_memory": 80 * 2**20}
 
 # What runs after this can mount something that no other process sees.
@@ -29,7 +29,7 @@ class Nodes:
         # Ray looks often whether a node answers, and so misses a dead one in seconds.
         look = {"health_check_period_ms": 500, "health_check_initial_delay_ms": 500}
         look |= WARM
-        head = {"num_cpus": head_cpus, "_system_config": look} | STORE | NO_DASHBOARD | options
+        head = {"num_cpus": head_cpus, "_system_config": look} | STORE | UNSEEN | options
         self.cluster, self.cpus = Cluster(initialize_head=True, head_node_args=head), cpus
         self.address, self.others = self.cluster.address, []
         for _ in range(others):
@@ -37,7 +37,7 @@ class Nodes:
 
     def add(self, **options):
         """Start another node; `options` are Ray's."""
-        self.others.append(self.cluster.add_node(num_cpus=self.cpus, **STORE, **options))
+        self.others.append(self.cluster.add_node(num_cpus=self.cpus, **STORE, **UNSEEN, **options))
         return self.others[-1]
 
     def kill(self, number=0):

@@ -64,7 +64,7 @@ def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
     driver = ["python", "tests/thin_driver.py", "NUM_WORKERS=2", "--s3-bucket", photos]
     driver += ["--iterations", "1", "--export-dir", f"s3://{bucket}/network"]
     ended = subprocess.run(
-        [*job, *driver], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [*job, *driver], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 workers; an iteration is 2 mini-batches" in ended.stdout

@@ -141,10 +141,8 @@ def test_the_whole_story(finished):
     assert ", an epoch is 12 iterations\n" in out
     lines = re.findall(r"^Iteration (\d): loss = [\d.]+, [\d.]+ images/s, [\d.]+ s$", out, re.M)
     assert lines == list("012")
-    assert re.findall(r"^Iteration (\d): accuracy = [\d.]+%(.*)$", out, re.M) == [
-        ("0", ""),
-        ("2", ", 0:00:00 left"),
-    ]
+    accuracies = re.findall(r"^Iteration (\d): accuracy = [\d.]+%(.*)$", out, re.M)
+    assert re.fullmatch(r"0 2, 0:00:0\d left", " ".join(map("".join, accuracies)))
     saved = rf"checkpoints in {folder}/saved \(best: top-1 [\d.]+% at iteration [23]\)"
     left = f"{saved}, network in {folder}/network, curves in {folder}/curves"
     assert re.fullmatch(f"Stopped at iteration 3: {left}", out.splitlines()[-1])
@@ -262,7 +260,7 @@ def test_a_resume_stays_with_the_form_of_the_images(
         assert train(photos, *flags, **options) == 0
         assert re.search("^About 123 images: 0.0 GB as JPEGs, ", capsys.readouterr().out, re.M)
     monkeypatch.setattr(thin, "STORED", "pixels")
-    assert train(photos, *flags, **options) == 2
+    assert train(photos, *flags, "--iterations", 3, **options) == 2
     assert "different are STORED (was 'jpeg')" in capsys.readouterr().err
 
 

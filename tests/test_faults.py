@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 import signal
-import time
 
 import psutil
 import pytest
@@ -27,53 +26,8 @@ from tests.support import (
     train,
     train_elsewhere,
     train_here,
-    wait_until,
     workers_of,
 )
-
-# ---- nodes
-
-
-@pytest.fixture(scope="module")
-def nodes(s3):
-    """Two nodes of one CPU each, the head's among them, as in cluster.yaml."""
-    nodes = Nodes(1, others=1, cpus=1)
-    yield nodes
-    nodes.close()
-
-
-def test_a_node_dies_again_and_again_and_storage_stands_still_meanwhile(
-    nodes, photos, undisturbed, tmp_path
-):
-    """No worker is lost that only waits, though that takes longer here than computing may."""
-    early = "Loading: 3 of 10", "Shuffle round 2"
-    settings = ["WORKER_TIMEOUT=6", f"PAUSES={[*early, (3, 'apply')]}"]
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, contextlib.ExitStack() as for_a_while:
-        environment = {"AWS_ENDPOINT_URL": proxy.url}
-        training = train_elsewhere(photos, tmp_path, nodes.address, *settings, environment=environment)
-        with training as run:
-            for moment in early:
-                with run.paused(moment):
-                    nodes.add()  # in time to take part, so that some images lie on it
-                    nodes.kill()
-            with run.paused(3, "apply"):
-                held = for_a_while.enter_context(proxy.held("GET"))
-                nodes.kill()
-            wait_until(held)  # images are read again
-            time.sleep(10)
-            for_a_while.close()
-            run.wait_for("Iteration 15: loss")
-            assert "is lost with 1 workers: 1 of 2 go on" in run.output()
-            assert "is back" not in run.output()
-            nodes.add()
-            run.wait_for("is back: 2 of 2")
-            nodes.replace()
-            assert run.wait() == 0, run.output()
-    assert "no answer" not in run.output()
-    assert fingerprints(run.output()) == [contents(photos)] * 2
-    assert_clean(run.output())
-    assert checksums(tmp_path) == undisturbed
-
 
 # ---- data
 
@@ -102,7 +56,9 @@ def test_task_that_hangs_is_named_and_run_again(
     assert checksums(tmp_path) == undisturbed
 
 
-def test_tar_that_ends_its_process_each_time_ends_the_run(thin, one_ray, photos, monkeypatch, capsys):
+def test_tar_that_ends_its_process_each_time_ends_the_run(
+    thin, one_ray, photos, tmp_path, monkeypatch, capsys
+):
     """As one for which there is too little memory, or at which the decoder crashes."""
     task, killed = f"s3://{photos}/ILSVRC2012_img_train/n01500003.tar", []
 
@@ -113,7 +69,7 @@ def test_tar_that_ends_its_process_each_time_ends_the_run(thin, one_ray, photos,
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         proxy.faults["GET", "n01500003.tar"] = itertools.repeat(kill)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        assert train(photos, "--iterations", 1) == 2
+        assert train(photos, "--iterations", 1, actor=noting_worker(tmp_path)) == 2
     line = rf"error: {task}: this task has ended (\d+) processes \(.*\)\n"
     assert int(re.fullmatch(line, capsys.readouterr().err)[1]) == len(set(killed))
 
@@ -144,22 +100,25 @@ def many(s3):
 
 
 def test_data_larger_than_the_object_stores_spills_and_a_full_disk_is_one_clear_line(
-    nodes, many, tmp_path
+    s3, many, tmp_path
 ):
-    """Two runs at once, each on a cluster of its own."""
-    settings, full = ["STORED='pixels'", "SHUFFLE_ROUNDS=1"], {"local_fs_capacity_threshold": 0.001}
-    others = Nodes(2, others=0, cpus=0, _system_config=full)
-    try:
-        with (
-            train_elsewhere(many, tmp_path / "1", nodes.address, *settings, iterations=2) as run,
-            train_elsewhere(many, tmp_path / "2", others.address, *settings) as on_a_full_disk,
-        ):
-            assert run.wait() == 0, run.output()
-            assert on_a_full_disk.wait() == 2, on_a_full_disk.output()
-    finally:
-        others.close()
+    """Two runs at once, each on a cluster of its own. One has workers on the driver's node, too; the
+    other of its nodes dies with what has spilled there."""
+    settings = ["STORED='pixels'", "SHUFFLE_ROUNDS=1", f"NOTES='{tmp_path}'"]
+    full = {"local_fs_capacity_threshold": 0.001}
+    dies = 1, "compute"
+    with (
+        contextlib.closing(Nodes(1, others=1, cpus=1)) as two,
+        contextlib.closing(Nodes(2, others=0, cpus=0, _system_config=full)) as one,
+        train_elsewhere(many, tmp_path / "1", two.address, *settings, f"PAUSES={[dies]}") as run,
+        train_elsewhere(many, tmp_path / "2", one.address, *settings) as on_a_full_disk,
+    ):
+        with run.paused(*dies):
+            two.replace()
+        assert run.wait() == 0, run.output()
+        assert on_a_full_disk.wait() == 2, on_a_full_disk.output()
     assert re.search("About 1[0-9]{3} images: 0.2 GB .* goes to disk", run.output())
-    assert fingerprints(run.output()) == [contents(many)]
+    assert fingerprints(run.output()) == [contents(many)] * 2
     assert len(re.findall("^error: .*disk", on_a_full_disk.output(), re.M)) == 1
     assert_clean(on_a_full_disk.output())
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import cluster
+import functions
 import places
 import saving
 from tests.fault_proxy import fault_proxy
@@ -25,6 +26,7 @@ from tests.support import (
     ROOT,
     assert_clean,
     checksums,
+    noting_worker,
     titled,
     train_elsewhere,
     train_here,
@@ -77,8 +79,10 @@ def test_signals_at_any_moment_keep_the_last_whole_step(
     before = 0
     for signum, moment, act, saved in MOMENTS:
         handler = signal.getsignal(signum)
-        report = At({moment: act})
-        assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED, report=report) == 128 + signum
+        hooks = {"report": At({moment: act}), "actor": functions.Worker}
+        if not saved:
+            hooks["actor"] = noting_worker(tmp_path)  # nothing is computed yet
+        assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED, **hooks) == 128 + signum
         assert signal.getsignal(signum) == handler
         out, err = capsys.readouterr()
         assert err == "" and ("Resumed" in out) == (before > 0)
@@ -119,7 +123,7 @@ def test_signal_while_a_save_goes_to_s3_waits_for_it_and_exports(
     assert checksums(tmp_path) == undisturbed
 
 
-def test_second_signal_waits_for_nothing_and_leaves_no_worker(one_ray, photos, bucket):
+def test_second_signal_waits_for_nothing_and_leaves_no_worker(one_ray, photos, bucket, tmp_path):
     """A save goes on, and a thread waits for an answer of a Watch that is stopped.
 
     Ray ends the process, with its own status, if a thread calls Ray after Ray's end.
@@ -127,7 +131,7 @@ def test_second_signal_waits_for_nothing_and_leaves_no_worker(one_ray, photos, b
     others = titled(os.getpid(), "ray::Watch")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, contextlib.ExitStack() as for_ever:
         environment = {"AWS_ENDPOINT_URL": proxy.url}
-        place, settings = f"s3://{bucket}/runs/1", ["PAUSES=[(3, 'compute')]"]
+        place, settings = f"s3://{bucket}/runs/1", ["PAUSES=[(3, 'compute')]", f"NOTES='{tmp_path}'"]
         training = train_elsewhere(photos, place, one_ray, *settings, environment=environment)
         with training as run, run.paused(3, "compute"):
             [watch] = set(titled(os.getpid(), "ray::Watch")) - set(others)
@@ -148,7 +152,8 @@ def test_second_signal_waits_for_nothing_and_leaves_no_worker(one_ray, photos, b
 def test_run_whose_output_nobody_reads_any_more_ends_quietly(one_ray, photos, tmp_path):
     """As with a pipe to `head`: what is trained is saved."""
     flags = ["--s3-bucket", photos, "--checkpoint-dir", tmp_path]
-    command = [sys.executable, "-u", ROOT / "tests" / "thin_driver.py", "NUM_WORKERS=1", *flags]
+    settings = "NUM_WORKERS=1", f"NOTES='{tmp_path}'"
+    command = [sys.executable, "-u", ROOT / "tests" / "thin_driver.py", *settings, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"RAY_ADDRESS": one_ray}
     with subprocess.Popen(command, env=environment, **pipes) as run:
@@ -193,7 +198,7 @@ def test_saves_that_a_disk_refuses_for_a_while_and_lost_curves(one_ray, photos, 
 
 
 def test_saves_that_s3_refuses_for_a_while_and_at_the_end(
-    thin, one_ray, photos, bucket, monkeypatch, capsys
+    thin, one_ray, photos, bucket, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 1)
     place = f"s3://{bucket}/runs/1"
@@ -201,7 +206,8 @@ def test_saves_that_s3_refuses_for_a_while_and_at_the_end(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         refuse = functools.partial(proxy.always.update, PUT="403")
         moments = {(2, "apply"): refuse, (5, "apply"): proxy.always.clear, (8, "apply"): refuse}
-        assert train_here(photos, place, 10, report=At(moments)) == 3
+        hooks = {"report": At(moments), "actor": noting_worker(tmp_path)}
+        assert train_here(photos, place, 10, **hooks) == 3
         out, err = capsys.readouterr()
         assert err == ""
         refused = (
@@ -237,14 +243,15 @@ def test_run_that_an_error_ends_leaves_its_last_whole_step(
     try:
         report = At({(3, "broadcast"): killer.start})
         flags = [ITERATIONS, "--export-dir", network]
-        assert train_here(photos, tmp_path / "1", *flags, report=report) == 2
+        actor = noting_worker(tmp_path)
+        assert train_here(photos, tmp_path / "1", *flags, report=report, actor=actor) == 2
     finally:
         ended.set()
         killer.join()
     out, err = capsys.readouterr()
-    assert re.fullmatch("error: iteration 3.*\n", err)
+    [ended_at] = re.fullmatch("error: iteration (\\d+): no worker is left.*\n", err).groups()
     left = f"checkpoints in {tmp_path}/1, network in {network}"
-    assert out.endswith(f"Stopped at iteration 3: {left}\n")
+    assert out.endswith(f"Stopped at iteration {ended_at}: {left}\n")
     exported = (network / "saved_model.pb").stat()
 
     monkeypatch.setattr(thin, "LEARNING_RATE", 1e30)
@@ -269,7 +276,8 @@ def test_an_error_of_the_program_itself_is_raised_and_leaves_no_thread(thin, one
     """One that calls Ray after its end would end the process before the traceback is printed."""
     before, left = set(threading.enumerate()), None
     try:
-        train_here(photos, tmp_path, report=At({"Shuffle round 1": lambda: 1 / 0}))
+        report = At({"Shuffle round 1": lambda: 1 / 0})
+        train_here(photos, tmp_path, report=report, actor=noting_worker(tmp_path))
     except ZeroDivisionError:  # which still holds all that the run had
         left = set(threading.enumerate()) - before
     assert [thread for thread in left if "_look" in thread.name] == []
@@ -298,14 +306,14 @@ def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(
 
 
 def test_second_run_on_a_place_in_s3_has_it_from_then_on(
-    thin, one_ray, s3, photos, bucket, monkeypatch, capsys
+    thin, one_ray, s3, photos, bucket, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(thin, "NUM_WORKERS", 1)
     place = f"s3://{bucket}/runs/1"
-    settings = ["NUM_WORKERS=1", "CHECKPOINT_EVERY=1", "PAUSES=[(2, 'apply')]"]
+    settings = ["NUM_WORKERS=1", "CHECKPOINT_EVERY=1", "PAUSES=[(2, 'apply')]", f"NOTES='{tmp_path}'"]
     with train_elsewhere(photos, place, one_ray, *settings, iterations=5) as run:
         with run.paused(2, "apply"):
-            assert train_here(photos, place, 9) == 0
+            assert train_here(photos, place, 9, actor=noting_worker(tmp_path)) == 0
             assert f"Resumed from {place} at iteration 2" in capsys.readouterr().out
             keys = {obj["Key"]: obj["ETag"] for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]}
         assert run.wait() == 3, run.output()

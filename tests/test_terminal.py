@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import io
+import math
 import os
 import pty
 import re
@@ -10,9 +12,11 @@ import struct
 import sys
 import termios
 import threading
+import time
 
 import pyte
 
+import results
 from tests.support import ROOT, wait_until
 from tests.test_evaluation import VALIDATED
 
@@ -32,9 +36,15 @@ class Terminal:
         settings = termios.tcgetattr(self._master)
         settings[3] &= ~termios.ECHO  # of what a test types
         termios.tcsetattr(self._master, termios.TCSANOW, settings)
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
+        self.resize(columns)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def resize(self, columns):
+        """Give it so many columns."""
+        with self._lock:
+            self.screen.resize(LINES, columns)
+            fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
 
     def _read(self):
         stream = pyte.ByteStream(self.screen)
@@ -100,35 +110,22 @@ WHOLE = (  # every line but the bar's is one of these
 )
 
 
-def test_a_bar_stays_below_whole_lines(one_ray, photos):
-    """While a run trains, after a validation, and at Ctrl-C, which ends it."""
+def test_a_bar_stays_below_whole_lines(one_ray, photos, tmp_path):
+    """While a run trains, after a validation on a wider screen, and at Ctrl-C, which ends it."""
     settings = ["NUM_WORKERS=1", "VALIDATE_EVERY=30", "PAUSES=[(7, 'apply'), (33, 'apply')]"]
-    flags = ["--s3-bucket", photos, *VALIDATED]
-    bars = {  # by the columns of the terminal
-        80: rf"  0%\|[^|]*\| DONE/100000 \[\d+:\d\d:\d\d left, {SPEED}\]",
-        200: rf"DONE iterations \[00:\d\d elapsed, {SPEED}\]",
-    }
-    with (
-        on_terminal(80, one_ray, *settings, *flags, "--iterations", 100_000) as narrow,
-        on_terminal(200, one_ray, *settings, *flags) as wide,
-    ):
-        for done in 7, 33:
-            for terminal in narrow, wide:
-                bar = terminal.wait_for(f"Paused after apply of iteration {done}")
-                columns = terminal.screen.columns
-                assert re.fullmatch(bars[columns].replace("DONE", str(done)), bar)
-                assert len(bar) <= columns
-                terminal.type("\n")
-        for terminal in narrow, wide:
-            terminal.wait_for("Iteration 40: ")
-            terminal.type("\x03")
-        for terminal in narrow, wide:
-            assert terminal.wait() == 128 + signal.SIGINT
-            check_lines(terminal.lines())
-
-
-def check_lines(lines):
-    """All that is on the screen are whole lines; those of iterations are all there."""
+    settings.append(f"NOTES='{tmp_path}'")
+    flags = ["--s3-bucket", photos, *VALIDATED, "--iterations", 100_000]
+    with on_terminal(80, one_ray, *settings, *flags) as terminal:
+        for done, columns in (7, 80), (33, 200):
+            bar = terminal.wait_for(f"Paused after apply of iteration {done}")
+            form = rf"  0%\|[^|]*\| {done}/100000 \[\d+:\d\d:\d\d left, {SPEED}\]"
+            assert re.fullmatch(form, bar) and columns - 2 <= len(bar) <= columns
+            terminal.resize(200)
+            terminal.type("\n")
+        terminal.wait_for("Iteration 40: ")
+        terminal.type("\x03")
+        assert terminal.wait() == 128 + signal.SIGINT
+        lines = terminal.lines()
     begin = next(number for number, line in enumerate(lines) if line.startswith("Iteration 0: "))
     assert re.fullmatch(r"Stopped at iteration \d+: nothing is saved", lines[-1])
     done = []
@@ -138,3 +135,42 @@ def check_lines(lines):
         done += re.findall(r"^Iteration (\d+): loss", line)
     assert done == [str(number) for number in range(len(done))]
     assert "Iteration 30 (epoch 1.2): validation" in "\n".join(lines)
+
+
+class Screen(io.StringIO):
+    """A text file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_without_a_last_iteration_the_bar_says_the_time_since_the_start():
+    with contextlib.redirect_stdout(Screen()) as screen:
+        report = results.Report()
+        report.plan(math.inf, epoch=10)
+        report.start(0, [], None)
+        report.lap("compute")
+        report.iteration(0, [2.0, 3.0], 40, 1.0, 0.1)
+        report.close()
+    bar = screen.getvalue().split("\n")[-1].split("\r")
+    assert any(
+        re.fullmatch(r"1 iterations \[00:\d\d elapsed, \d+\.\d images/s, loss 2\.500\]", b) for b in bar
+    )
+    assert bar[-1] == "" and not bar[-2].strip()  # and then it is gone
+
+
+def test_a_lost_worker_and_a_validation_do_not_move_the_time_left(capsys):
+    """Elsewhere than on a terminal, accuracies say it."""
+    report = results.Report()
+    report.plan(1000, epoch=10)
+    report.start(0, [], None)
+    for iteration in range(20):
+        report.accuracy(iteration, 0.5)
+        time.sleep(1 if iteration == 7 else 0.01)  # the mean would give a minute
+        report.lap("compute")
+        report.iteration(iteration, [1.0], 40, 1.0, 0.1)
+        time.sleep(1 if iteration == 9 else 0)
+        report.resume()
+    said = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
+    assert said[0] == "Iteration 0: accuracy = 50.0%"
+    assert re.fullmatch("Iteration 19: accuracy = 50.0%, 0:00:[12]. left", said[19])

@@ -1,7 +1,8 @@
 """driver.py with the thin network as a program: NAME=VALUE sets a constant, then come the flags.
 
-PAUSES=[(iteration, phase), line, ...] sets no constant: the run stands still after the phase, or after
-a line that starts so, until a line comes on standard input. So a test decides what happens when.
+Two settings are no constants. PAUSES=[(iteration, phase), line, ...]: the run stands still after the
+phase, or after a line that starts so, until a line comes on standard input. So a test decides what
+happens when. NOTES=folder: its workers compute nothing, they are those of `noting_worker`.
 """
 
 import ast
@@ -18,6 +19,7 @@ import driver  # before Ray, to which it says what to leave out
 # isort: split
 import ray
 
+import functions
 import results
 import terminal
 from tests import support
@@ -80,9 +82,10 @@ if __name__ == "__main__":
     driver.PRECISION, driver.MINI_BATCH = "float32", support.MINI_BATCH  # on any CPU
     settings = [argument for argument in sys.argv[1:] if argument.split("=")[0].isupper()]
     values = {name: ast.literal_eval(value) for name, value in (s.split("=", 1) for s in settings)}
-    report = Report(values.pop("PAUSES", []))
+    report, notes = Report(values.pop("PAUSES", [])), values.pop("NOTES", None)
+    actor = support.noting_worker(Path(notes)) if notes else functions.Worker
     for name, value in values.items():
         setattr(driver, name, value)
-    status = driver.main(sys.argv[1 + len(settings) :], report=report)
+    status = driver.main(sys.argv[1 + len(settings) :], report=report, actor=actor)
     sys.stdout.flush()
     os._exit(status)  # as driver.py ends
