@@ -12,8 +12,6 @@ import contextlib
 import io
 import logging
 import os
-import subprocess
-import sys
 import tarfile
 import time
 from collections import namedtuple
@@ -24,18 +22,15 @@ import cv2
 import measuring
 import numpy as np
 import ray
-from measuring import run_apart, spread, take_turns
+from measuring import spread, take_turns
 from PIL import Image
 
 import cluster
 import decoding
 import driver
-import functions
 import imagenet
 import joining
 import s3
-import workers
-from results import Report
 from stage_imagenet import resize
 from tests.support import make_tar
 
@@ -298,84 +293,6 @@ def memory(s3, photos, repeats):
     return Row(measure, peaks, [allowed] * repeats, "MB", "<= 1")
 
 
-# ---- from the command to the first iteration
-
-
-def start_driver():
-    """Seconds from the command to the first iteration of driver.py."""
-    start, seconds = time.monotonic(), None
-    command = [sys.executable, "-u", driver.__file__, "--s3-bucket", BUCKET]
-    command += ["--key-prefix", PREFIX, "--iterations", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if "an iteration is" in line:
-                seconds = time.monotonic() - start
-    if process.returncode:
-        raise RuntimeError(f"driver.py ended with {process.returncode}")
-    return seconds
-
-
-def load_and_shuffle(can_grow):
-    """driver.py without networks, until its data is ready."""
-    tasks = data_tasks()
-    tars = driver.find(BUCKET, PREFIX, silent)
-    training = driver.load(BUCKET, PREFIX, tars, "train.txt", "pixels", tasks)
-    batches = functions.match(training, silent, tasks)
-    del training  # as in driver.py
-    mean = functions.mean_image(batches, silent, tasks)
-    functions.shuffle(batches, driver.SHUFFLE_ROUNDS, driver.SEED, silent, tasks)
-    return batches, mean
-
-
-def start_workers(can_grow):
-    """driver.py without data, until its networks are ready."""
-    resources = {"cpus": driver.CPUS_PER_WORKER, "gpus": driver.GPUS_PER_WORKER}
-    network = {"layers": driver.LAYERS, "num_classes": driver.NUM_CLASSES}
-    precision = driver.PRECISION or cluster.fastest_precision(**resources)
-    count = driver.NUM_WORKERS or max(1, sum(cluster.room_for_workers(**resources).values()))
-    timeouts = driver.WORKER_TIMEOUT, driver.WORKER_WAIT
-    options = cluster.Helpers(), timeouts, Report(), can_grow
-    pool = workers.Workers(count, resources, network, precision, *options)
-    local = measuring.driver_network()
-    pool.wait()
-    return pool, local
-
-
-def connect_and(part):
-    """Connect to a Ray, then do a part of driver.py. Returns the time then."""
-    done = part(joining.connect())
-    end = time.monotonic()
-    del done  # the end of workers takes time
-    ray.shutdown()
-    return end
-
-
-def start_apart(part):
-    """Seconds from the start of a new Python process until a part of driver.py is done in it."""
-    start = time.monotonic()
-    return run_apart(connect_and, part) - start
-
-
-def first_iteration(repeats):
-    """driver.py loads data and starts workers at the same time; each apart, in a process of its own."""
-    ways = {
-        "together": start_driver,
-        "connected": partial(start_apart, silent),
-        "loading": partial(start_apart, load_and_shuffle),
-        "workers": partial(start_apart, start_workers),
-    }
-    seconds = {name: np.array(taken) for name, taken in take_turns(ways, repeats).items()}
-    apart = seconds["loading"] + seconds["workers"]
-    once = apart - seconds["connected"]
-    for name, taken in seconds.items():
-        print(f"From the command, {name}: {spread(taken)} s")
-    measure = "command to first iteration, against loading and workers apart"
-    return [
-        Row(measure, seconds["together"], apart, "s", "<= 0.8"),
-        Row(f"{measure}, connected once", seconds["together"], once, "s", "<= 0.8"),
-    ]
-
-
 # ---- the table
 
 
@@ -418,7 +335,6 @@ def main():
         ray.shutdown()
         report(quality(photos))
         report(memory(s3, photos, args.repeats))
-        report(*first_iteration(args.repeats))
 
 
 if __name__ == "__main__":

@@ -222,7 +222,9 @@ def main():
     parser.add_argument("--no-norm", action="store_true", help="without the paper's normalisation")
     parser.add_argument("--peers", nargs="+", default=list(PEERS)[1:], choices=list(PEERS)[1:])
     parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a turn; of ten, one has an accuracy")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps of a turn; of ten, one has an accuracy"
+    )
     args = parser.parse_args()
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as alexnet.py does, for all
     arguments = args.mini_batch, args.precision, not args.no_norm
