@@ -53,7 +53,8 @@ SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two: r rounds mix 2^r 
 ACCURACY_EVERY = 10  # iterations between two accuracies; 0: none
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
 VALIDATE_EVERY = 1000  # iterations between two validations, 0: none; one follows the last iteration
-CHECKPOINT_EVERY = 500  # iterations between two checkpoints, 0: none; the last iteration is always one
+CHECKPOINT_EVERY = 500  # iterations between two checkpoints, 0: none. The last iteration is always one,
+# and so is each validation that is the best so far.
 CHECK_TARS = True  # False: a run resumes even if keys or ETags of tars are not those that it began with
 LEARNING_RATE = 0.005  # step size for LEARNING_RATE_IMAGES; the paper's 0.01 is for 128
 LEARNING_RATE_IMAGES = 40  # images of an iteration that it is for
@@ -166,12 +167,13 @@ def train(args, start, stop, report, outcome, tasks, actor, can_grow):
 def evaluate(args, start, report, outcome, tasks, actor, can_grow):
     """What can be done where all iterations are made: a checkpoint's accuracy, and its export.
 
-    Its mean image centres the held-out images, so that no training image is needed.
+    Its mean image centres the held-out images, so that no training image is needed. Nothing is saved.
     """
-    say, wanted = report.say, args.val_prefix or args.export_dir
-    what = f"this is about iteration {start.iteration}" if wanted else "--iterations can be more"
-    say(f"Nothing to train: {start.place} has iteration {start.reached} already; {what}")
-    if not wanted:
+    say, bucket = report.say, args.s3_bucket
+    about = f"this is about iteration {start.iteration}"
+    hint = about if is_wanted(args) else "--iterations can be more"
+    say(f"Nothing to train: {start.place} has iteration {start.reached} already; {hint}")
+    if not is_wanted(args):
         return
     network = {"LAYERS": repr(LAYERS), "NUM_CLASSES": repr(NUM_CLASSES)}
     start.must_match(network, list(network), say)
@@ -181,25 +183,29 @@ def evaluate(args, start, report, outcome, tasks, actor, can_grow):
     mean = find_mean(args, start, tasks, say) if start.mean is None else start.mean
     outcome.begin(local, mean)
     report.plan(start.iteration, start.epoch)
-    if args.val_prefix:
-        tars, precision = find(args.s3_bucket, args.val_prefix, say), PRECISION or start.precision
-        what = args.s3_bucket, args.val_prefix, tars, args.val_label_file, start.stored
+    if args.val_prefix is not None:
+        tars, precision = find(bucket, args.val_prefix, say), PRECISION or start.precision
+        stored = form_of_images(bucket, tars, start.stored, start.mini_batches, precision, say)
+        held_out = load(bucket, args.val_prefix, tars, args.val_label_file, stored, tasks)
         pool = start_workers(how_many_workers(), precision, cluster.Helpers(), report, can_grow, actor)
-        held_out = functions.match(load(*what, tasks), say, tasks)
+        held_out = functions.match(held_out, say, tasks)
         pool.wait()
         pool.update_weights(start.iteration, ray.put(local.weights(precision)))
         outcome.validation(*pool.validate(held_out, ray.put(mean)))
 
 
 def find_mean(args, start, tasks, say):
-    """The mean of all training images, for a checkpoint of before checkpoints had it."""
-    why = "was saved without the mean image: the training set is loaded to compute it"
-    say(f"{start.place} {why}")
+    """The mean of all training images, for a checkpoint that was saved without it."""
+    say(f"{start.place} has no mean image yet: the training set is loaded to compute it")
     tars = find(args.s3_bucket, args.key_prefix, say)
-    what = args.s3_bucket, args.key_prefix, tars, args.label_file, start.stored
-    training = load(*what, tasks)
+    training = load(args.s3_bucket, args.key_prefix, tars, args.label_file, start.stored, tasks)
     start.must_match(training.source, ["labels", *(["tars"] if CHECK_TARS else [])], say)
     return functions.mean_image(functions.match(training, say, tasks), say, tasks)
+
+
+def is_wanted(args):
+    """Whether a checkpoint is to be evaluated or exported."""
+    return args.val_prefix is not None or args.export_dir is not None
 
 
 def resources():
@@ -333,7 +339,12 @@ def read_flags(argv):
         ("--log-dir", None, "write learning curves for TensorBoard to a folder"),
     ):
         parser.add_argument(flag, default=default, help=text)
-    parser.add_argument("--iterations", type=int, default=math.inf, help="stop after so many in all")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=math.inf,
+        help="iterations in all; see README.md on evaluating",
+    )
     args = parser.parse_args(argv)
     if args.iterations < 1:
         parser.error("--iterations must be 1 or more")
@@ -368,8 +379,7 @@ def main(argv=None, report=None, actor=functions.Worker):
         outcome = results.Outcome(args, report)
         with contextlib.closing(cluster.DataTasks(report.say, TASK_TIMEOUT, stop.fail)) as tasks:
             try:
-                wanted = bool(args.val_prefix or args.export_dir)
-                start = outcome.checkpoints.start(args.iterations, wanted)
+                start = outcome.checkpoints.start(args.iterations, wanted=is_wanted(args))
                 if start.trained:
                     evaluate(args, start, report, outcome, tasks, actor, can_grow)
                 else:

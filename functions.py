@@ -325,7 +325,10 @@ class Helper:
         return crop_images(images, labels, chosen, crops)
 
     def draw_sample(self, images, labels, count, part, parts):
-        """A MiniBatch: one of so many parts of at most `count` images, spread evenly over a batch."""
+        """A part of at most `count` images that are spread evenly over a batch: a MiniBatch.
+
+        `part` is its number, from 0 on, among so many `parts`.
+        """
         chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
         return centre_minibatch(images, labels, chosen[part::parts])
 

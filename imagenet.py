@@ -147,32 +147,30 @@ def report_loading(bucket, loaded, say):
     parts, ended = [[part] for part in loaded], 0
     left, reports = {part.report: number for number, part in enumerate(loaded)}, []
     wait = Wait(say)
-    bar = terminal.bar(total=len(left), desc="Loading", unit="tar")
-    while left:
-        done, _ = ray.wait(list(left), num_returns=1, timeout=PATIENCE)
-        if not done:
-            wait.is_long(f"Loading: {len(left)} tars are still read")
-            continue
-        wait.goes_on()
-        number = left.pop(done[0])
-        try:
-            reports += ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            bar.close()
-            if isinstance(error.cause, InputError):
-                raise error.cause from None
-            raise
-        images, count = sum(report["images"] for report in reports), len(loaded)
-        bar.set_postfix(images=images, refresh=False)
-        if (rest := reports[-1]["rest"]) is not None:
-            parts[number].append(part := parts[number][-1].more(rest))
-            left[part.report] = number
-            continue
-        ended += 1
-        bar.update()
-        if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
-            say(f"Loading: {ended} of {count} tars, {images} images")
-    bar.close()
+    with terminal.bar(total=len(left), desc="Loading", unit="tar") as bar:
+        while left:
+            done, _ = ray.wait(list(left), num_returns=1, timeout=PATIENCE)
+            if not done:
+                wait.is_long(f"Loading: {len(left)} tars are still read")
+                continue
+            wait.goes_on()
+            number = left.pop(done[0])
+            try:
+                reports += ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, InputError):
+                    raise error.cause from None
+                raise
+            images, count = sum(report["images"] for report in reports), len(loaded)
+            bar.set_postfix(images=images, refresh=False)
+            if (rest := reports[-1]["rest"]) is not None:
+                parts[number].append(part := parts[number][-1].more(rest))
+                left[part.report] = number
+                continue
+            ended += 1
+            bar.update()
+            if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
+                say(f"Loading: {ended} of {count} tars, {images} images")
     say_left_out(bucket, reports, say)
     return [part for some in parts for part in some]
 

@@ -16,6 +16,8 @@ from places import checked_place, make_writable
 from s3 import InputError
 from saving import Checkpoints, SavedModel, write_errors
 
+FOR_EVER = 1e10  # seconds of a time left that is not said
+
 RECENT = 50  # iterations that the time left, and the bar's speed and loss, are from
 
 
@@ -41,7 +43,7 @@ class Report:
         self._output(terminal.say, line)
 
     def _output(self, function, *arguments, **options):
-        """Do something on standard output, after whose end the run ends, too."""
+        """Do something on standard output; if that fails, the run ends."""
         try:
             return function(*arguments, **options)
         except OSError as error:
@@ -56,9 +58,9 @@ class Report:
                 self._open_curves()
 
     def plan(self, last, epoch):
-        """The run is to end at iteration `last`, which can be inf; an epoch has so many iterations.
+        """The run is to end at iteration `last`, which can be inf; an epoch has `epoch` iterations.
 
-        What is not known of an epoch, None, is not said.
+        `epoch` may be None: then no line names one.
         """
         self._last, self._epoch = last, epoch
 
@@ -120,7 +122,7 @@ class Report:
         if self._last == math.inf or not self._recent:
             return ""
         seconds = (self._last - iteration) * np.median([seconds for seconds, _ in self._recent])
-        return f"{timedelta(seconds=round(seconds))} left"
+        return f"{timedelta(seconds=round(seconds))} left" if seconds < FOR_EVER else ""
 
     def _advance(self, iteration, images):
         """Have the bar say that an iteration is next; it is drawn below the next line."""
@@ -192,7 +194,8 @@ class Outcome:
         """
         self._network, self._mean, self._facts = network, mean, facts
         if facts:
-            self.checkpoints.claim(facts["best"])
+            self.checkpoints.best = facts["best"]
+            self.checkpoints.claim()
 
     def save(self):
         """Save a checkpoint in the background."""
@@ -204,8 +207,9 @@ class Outcome:
         iteration = self._network.iteration
         self._report.validation(iteration, top1, top5)
         if self._facts:
-            self._facts = self._facts | {"validated": iteration}
-            self.checkpoints.save(self._network, self._facts, self._mean, float(top1))
+            facts = self._facts | {"validated": iteration}
+            self.checkpoints.save(self._network, facts, self._mean, float(top1))
+            self._facts = facts  # not before: a signal may come while the save waits for another one
 
     def is_validated(self, iteration):
         """Whether an iteration has been validated, also before the run was resumed."""
@@ -231,6 +235,8 @@ class Outcome:
                 kept.append(f"checkpoints in {place}{at}")
             if saved != iteration:
                 missing.append(f"the iterations after {saved}")
+            if lost := self.checkpoints.lost_best:
+                missing.append(f"the best: top-1 {lost[1]:.1%} at iteration {lost[0]}")
         if self._model.place and iteration:
             exported = self._export(failed)
             (kept if exported else missing).append(f"network in {self._model.place}")

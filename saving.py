@@ -39,11 +39,12 @@ class Start(NamedTuple):
     """Where a run begins: at a checkpoint, or at iteration 0, where nothing more is known yet.
 
     `state` is the network's, and `mean` the mean image that its images are centred by; `mini_batches`
-    and `precision` are those of every iteration, `epoch` is how many make one; `stored` is the form of
-    the images in memory; `run` is a dict of texts: the constants of driver.py, and fingerprints of the
-    data. `validated` is the iteration of the last validation, and `best` are iteration and top-1 of the
-    best one so far; `held_out` are fingerprints of the data that they are on. `reached` is the newest
-    iteration of all checkpoints; nothing is left to train if a run is `trained`.
+    and `precision` are those of every iteration, `epoch` is the number of iterations in an epoch;
+    `stored` is the form of the images in memory; `run` is a dict of texts: the constants of driver.py,
+    and fingerprints of the data. `validated` is the iteration of the last validation, and `best` are
+    iteration and top-1 of the best one so far; `held_out` are fingerprints of the data that they are
+    on. `reached` is the newest iteration of all checkpoints; `trained` says that nothing is left to
+    train.
     """
 
     place: str | None
@@ -120,6 +121,7 @@ class Checkpoints:
         self._say, self._ours = say, set()  # names of checkpoints that this program has written
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
+        self.lost_best = None  # those of a better one whose save has failed
         self._writer, self._writing = ThreadPoolExecutor(1), None
         self._remote = S3Folder(place) if place and place.startswith("s3://") else None
         if place:
@@ -166,12 +168,8 @@ class Checkpoints:
         except OSError as error:
             self._say(f"{self.place} has no locks ({error.strerror}): a second run here goes unnoticed")
 
-    def claim(self, best=None):
-        """Make a place in S3 this run's: the last to begin has it, and others see that as they save.
-
-        `best` is that of the Start.
-        """
-        self.best = best
+    def claim(self):
+        """Make a place in S3 this run's: the last to begin has it, and others see that as they save."""
         if self._remote:
             self._name = uuid.uuid4().hex
             (self._folder / OWNER).write_text(self._name)
@@ -185,7 +183,7 @@ class Checkpoints:
     def _check_owner(self):
         """InputError if another run has claimed this place in S3."""
         if OWNER not in self._remote.names(OWNER):  # someone has cleaned up
-            self.claim(self.best)
+            self.claim()
         self._remote.download(OWNER, self._folder / OWNER)
         if (self._folder / OWNER).read_text() != self._name:
             raise InputError(f"{self.place}: another run saves here now")
@@ -199,9 +197,9 @@ class Checkpoints:
     def start(self, iterations=math.inf, wanted=False):
         """The Start of a run up to so many iterations: the newest intact checkpoint, or iteration 0.
 
-        If a checkpoint has reached them and is `wanted`, to be evaluated or exported, it is the newest
-        intact one up to there. Says which newer ones are damaged; InputError if there are none but
-        damaged ones.
+        If there is a checkpoint of that iteration or a later one, and one is `wanted`, to be evaluated
+        or exported, then this is the newest intact one that is not later than `iterations`. Says which
+        ones are damaged; InputError if there are none but damaged ones.
         """
         names = self._names() if self.place else []
         reached = _iteration(names[-1]) if names else 0
@@ -225,9 +223,9 @@ class Checkpoints:
                 raise
             except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
                 self._say(f"{self.place}: {name} is damaged and left out: {one_line(error)[:120]}")
-        if names and not within:
+        if len(within) < len(names):
             there = ", ".join(str(_iteration(name)) for name in names)
-            none = f"no checkpoint up to iteration {iterations} is kept; kept are {there}"
+            none = f"no intact checkpoint up to iteration {iterations} is kept; there are {there}"
             raise InputError(f"{self.place}: {none}")
         if names:
             raise InputError(f"{self.place}: no checkpoint is intact; remove them to start anew")
@@ -236,8 +234,9 @@ class Checkpoints:
     def save(self, network, facts, mean, top1=None):
         """Write a checkpoint in the background; waits only for the one before it.
 
-        With the top-1 accuracy of its weights, it is written only if that is the best so far. Without
-        it, an iteration that has been tried is not tried again. A save that fails is said, no more.
+        With the top-1 accuracy of its weights, it is written only if that is the best so far, and not
+        there yet. Without it, an iteration that has been tried is not tried again. A save that fails is
+        said, no more.
         """
         iteration = network.iteration
         if not self.place or (top1 is None and iteration == self._newest):
@@ -248,9 +247,13 @@ class Checkpoints:
             if best and top1 <= best[1]:
                 return
             best = [iteration, top1]
-        self._newest, facts = iteration, facts | {"iteration": iteration, "best": best}
+            if iteration == self.saved:  # the next checkpoint says that this one is the best
+                self.best = best
+                return
+        facts = facts | {"iteration": iteration, "best": best}
         network.snapshot()
         self._writing = self._writer.submit(self._try, network, facts, mean)
+        self._newest = iteration
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
@@ -258,15 +261,26 @@ class Checkpoints:
             self._writing.result()
 
     def _try(self, network, facts, mean):
-        iteration = facts["iteration"]
+        iteration, best = facts["iteration"], facts["best"]
         try:
             with write_errors("--checkpoint-dir", self.place):
-                self._write(network, facts, mean)
-            self.saved, self.best = iteration, facts["best"]
+                old = self._write(network, facts, mean)
         except InputError as error:
+            if best and best[0] == iteration:
+                self.lost_best = max(best, self.lost_best or best, key=lambda lost: lost[1])
             self._say(f"The checkpoint of iteration {iteration} is not saved: {error}")
+            return
+        self.saved, self.best = iteration, best
+        if self.lost_best and best and best[1] >= self.lost_best[1]:
+            self.lost_best = None
+        try:
+            with write_errors("--checkpoint-dir", self.place):
+                self._delete(old)
+        except InputError as error:
+            self._say(f"Older checkpoints than that of iteration {iteration} are not deleted: {error}")
 
     def _write(self, network, facts, mean):
+        """Write a checkpoint; the names of older ones that are not kept."""
         name, best = _name(facts["iteration"]), facts["best"]
         if self._remote:
             self._check_owner()
@@ -278,8 +292,11 @@ class Checkpoints:
         if self._remote:
             for file in [*_files(name), STATE]:
                 self._remote.upload(self._folder / file, file)
-        for old in set(names) - kept:
-            for file in reversed(_files(old)):
+        return [other for other in names if other not in kept]
+
+    def _delete(self, names):
+        for name in names:
+            for file in reversed(_files(name)):
                 (self._folder / file).unlink(missing_ok=True)
                 if self._remote:
                     self._remote.delete(file)

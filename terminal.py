@@ -3,12 +3,15 @@
 import contextlib
 import os
 import sys
+import threading
 
 from tqdm import tqdm
 
 
 def is_there():
-    """Whether standard output is a terminal."""
+    """Whether standard output is a terminal whose size is known."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0
     return bool(sys.stdout) and sys.stdout.isatty()
 
 
@@ -18,7 +21,7 @@ def say(line):
     Once that fails, which raises OSError, all else that is printed is thrown away.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    above = tqdm.external_write_mode(sys.stdout) if is_there() else contextlib.nullcontext()
+    above = Bar.external_write_mode(sys.stdout) if is_there() else contextlib.nullcontext()
     try:
         with above:
             print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -29,4 +32,16 @@ def say(line):
 
 def bar(**options):
     """A bar of tqdm's on standard output, with its options; without a terminal, it shows nothing."""
-    return tqdm(file=sys.stdout, disable=not is_there(), dynamic_ncols=True, **options)
+    return Bar(file=sys.stdout, disable=not is_there(), dynamic_ncols=True, **options)
+
+
+class Bar(tqdm):
+    """A bar whose lock is free again after a signal: tqdm's own would keep other threads waiting."""
+
+    def refresh(self, nolock=False, lock_args=None):
+        """Draw it."""
+        with self.get_lock():
+            super().refresh(nolock=True)
+
+
+Bar.set_lock(threading.RLock())

@@ -67,7 +67,7 @@ class Workers:
         self._can_grow, self._asked = can_grow, False
         self._room = Room(resources, helpers.here, report.say)
         self._weights = None  # iteration, a list with the reference of its weights
-        self._accuracy = []  # requests to run after the next gradients
+        self._accuracy_requests = []  # to run after the next gradients
         self._requests, self._results = [], []  # those of this iteration's gradients
         self._means = []  # arrays of the mean gradients
         self._up = {}  # number -> Member
@@ -210,10 +210,10 @@ class Workers:
     def print_accuracy(self, sample, mean):
         """Have the workers measure the accuracy of the weights just loaded, after the next gradients.
 
-        `sample` are Drawn mini-batches, one for each worker: so it costs no more than their forward
-        passes. The report prints it.
+        `sample` are Drawn mini-batches, for as many workers: so it costs their forward passes and no
+        more. The report prints it.
         """
-        self._accuracy = [Request("print_accuracy", part, (mean,)) for part in sample]
+        self._accuracy_requests = [Request("print_accuracy", part, (mean,)) for part in sample]
 
     def validate(self, batches, mean):
         """Top-1 and top-5 accuracy on all images of some batches, with the weights just loaded.
@@ -236,12 +236,12 @@ class Workers:
             for index, minibatch in enumerate(minibatches)
             for dropout in [dropout_seed(seed, iteration, index)]
         ]
-        results = self._run(self._requests + self._accuracy)
+        results = self._run(self._requests + self._accuracy_requests)
         self._results, hits = results[: len(minibatches)], results[len(minibatches) :]
         if hits:
             right, of = sum(result.value for result in hits)
             self._report.accuracy(iteration, right / of)
-        self._accuracy = []
+        self._accuracy_requests = []
         losses = [result.value for result in self._results]
         self._check(np.isfinite(losses), "loss")
         return losses
@@ -330,9 +330,8 @@ class Workers:
         data = {requests[number].drawn.ref(): number for number in ahead}
         there, unready = ray.wait(list(data), num_returns=len(data), timeout=0, fetch_local=False)
         ready = set(there)
-        alike = sum(request.returns > 1 for request in requests) or len(
-            requests
-        )  # gradients, or pieces
+        # An accuracy's requests, which follow those of gradients, are spread like these.
+        alike = sum(request.returns > 1 for request in requests) or len(requests)
         for number in [data[ref] for ref in data if ref in ready][: len(free)]:
             waiting.remove(number)
             # Neighbours in the list go to one node, where their gradients are added up.

@@ -26,7 +26,8 @@ DRIVER = Path(__file__).resolve().parent.parent / "driver.py"
 
 
 def run(bucket, iterations, folder):
-    """Seconds to the first iteration (None if there is none), of the validation, of all; its lines."""
+    """Seconds to the end of the first iteration (None if there is none), of the validation, of all; its
+    lines."""
     command = [sys.executable, "-u", str(DRIVER), "--s3-bucket", bucket]
     command += ["--key-prefix", TRAIN[0], "--label-file", TRAIN[1]]
     command += ["--val-prefix", VAL[0], "--val-label-file", VAL[1]]
@@ -70,7 +71,7 @@ def main():
     same = all(figures(lines) == [trained] for _, lines in evaluated)
     print(f"The figures are {'the same' if same else 'NOT the same'}")
     whole = np.array([seconds for seconds, _ in evaluated])
-    print(f"command to first iteration of training, s: {loading:.1f}; validation {validation:.1f}")
+    print(f"training, to the end of its first iteration, s: {loading:.1f}; validation {validation:.1f}")
     print(f"evaluation, s: {spread(whole, '.1f')}")
     rest = whole - validation
     print(f"besides validating, s: {spread(rest, '.1f')}, target 15: {verdict(rest, '<= 15')}")

@@ -62,7 +62,7 @@ class Returner:
         return ray.get(weightrefs)[0], 0.0
 
     def print_accuracy(self, iteration, weightrefs, minibatch, mean):
-        return np.zeros(2)
+        return np.array([0, 1])
 
 
 def counters():

@@ -1,6 +1,7 @@
 """The network, its session and the checkpoints."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import adding
 import alexnet
 import saving
 from imagenet import InputError
+from tests.fault_proxy import fault_proxy
 from tests.support import THIN
 
 MEAN = np.ones((256, 256, 3), np.float32)
@@ -255,7 +257,7 @@ RUN, FIXED = {"SEED": "0", "LEARNING_RATE": "0.1"}, ["SEED"]
 
 def save(checkpoints, iteration, network, top1=None):
     network.iteration = iteration
-    checkpoints.claim(checkpoints.best)
+    checkpoints.claim()
     facts = {"mini_batches": 2, "precision": "float32", "run": RUN}
     checkpoints.save(network, facts, MEAN, top1)
     checkpoints.wait()
@@ -300,13 +302,55 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_three(place):
         assert kept.start(iteration, wanted=True).iteration == iteration
     assert kept.start(5, wanted=True).iteration == 2
     with pytest.raises(
-        InputError, match="no checkpoint up to iteration 1 is kept; kept are 2, 6, 7, 8$"
+        InputError, match="no intact checkpoint up to iteration 1 is kept; there are 2, 6, 7, 8$"
     ):
         kept.start(1, wanted=True)
     newest = kept.start()
     assert newest.best == [2, 0.5] and not newest.trained and (newest.mean == MEAN).all()
     assert newest.validated_on(None, said.append) == newest and said == []
     assert newest.validated_on({"tars": "others"}, said.append).best is None and len(said) == 1
+
+
+def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(tmp_path):
+    said, there, away, network = [], tmp_path / "there", tmp_path / "away", thin_network()
+    checkpoints = saving.Checkpoints(str(there), said.append)
+    save(checkpoints, 1, network, 0.1)
+    there.rename(away)
+    there.write_text("a file in its place")
+    save(checkpoints, 2, network, 0.5)
+    there.unlink()
+    away.rename(there)
+    save(checkpoints, 3, network, 0.3)
+    assert (checkpoints.best, checkpoints.lost_best) == ([3, 0.3], [2, 0.5])
+    save(checkpoints, 4, network, 0.6)
+    assert (checkpoints.best, checkpoints.lost_best) == ([4, 0.6], None)
+    assert len(said) == 1
+
+
+def test_old_checkpoints_that_s3_does_not_delete_do_not_spoil_a_save(s3, bucket, monkeypatch):
+    said, network, place = [], thin_network(), f"s3://{bucket}/x"
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        checkpoints = saving.Checkpoints(place, said.append)
+        proxy.always["DELETE"] = "403"
+        for iteration in range(1, 6):
+            save(checkpoints, iteration, network, iteration / 10)
+        proxy.always.clear()
+        assert saving.Checkpoints(place, print).start().best == [5, 0.5]
+    assert (checkpoints.saved, checkpoints.best, checkpoints.lost_best) == (5, [5, 0.5], None)
+    assert len(said) == 2 and all("than that of iteration" in line for line in said)
+
+
+def test_an_iteration_that_is_saved_and_then_the_best_is_not_written_again(tmp_path):
+    network, checkpoints = thin_network(), saving.Checkpoints(str(tmp_path), print)
+    save(checkpoints, 1, network)
+    written = (tmp_path / "ckpt-1.index").stat().st_mtime_ns
+    save(checkpoints, 1, network, 0.5)
+    assert checkpoints.best == [1, 0.5]
+    assert (tmp_path / "ckpt-1.index").stat().st_mtime_ns == written
+    for iteration in range(2, 6):
+        save(checkpoints, iteration, network)
+    assert (tmp_path / "ckpt-1.index").exists() and not (tmp_path / "ckpt-2.index").exists()
 
 
 def test_resume_restores_weights_and_momentum(place):

@@ -549,6 +549,7 @@ def own_ray(*arguments):
     RAY_ADDRESS is not set: the session's Ray, which is another program's, is not joined.
     """
     mark, options = {"STARTED_BY": uuid.uuid4().hex}, {"address": "", "start_new_session": True}
+    mark["TF_USE_LEGACY_KERAS"] = "0"  # as users load TensorFlow
     with thin_driver("NUM_WORKERS=1", *arguments, environment=mark, **options) as run:
         yield run
     ours = [p for p in psutil.process_iter() if mark["STARTED_BY"] in environ(p)]

@@ -53,6 +53,7 @@ def head(s3, tmp_path):
     shutil.rmtree(folder)
 
 
+@pytest.mark.timeout(400)
 def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
     """The modules come with the job's working directory, so that driver.py's would be too many."""
     jobs, address, environment = head

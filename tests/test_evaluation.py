@@ -93,7 +93,7 @@ def test_without_anything_to_do_one_line_says_so(thin, one_ray, photos, trained,
         assert capsys.readouterr().out == line
     assert files(folder) == before
     assert train_here(photos, folder, 1, *VALIDATED) == 2
-    why = f"{folder}: no checkpoint up to iteration 1 is kept; kept are 2, 4"
+    why = f"{folder}: no intact checkpoint up to iteration 1 is kept; there are 2, 4"
     assert capsys.readouterr().err == f"error: {why}\n"
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_before_mean_images_were_saved(thin, one_ray, photos, tr
         session.run(tf.raw_ops.SaveV2(prefix=there, shape_and_slices=[""] * len(names), **tensors))
     assert train_here(photos, copied, 4, *VALIDATED) == 0
     out = capsys.readouterr().out
-    why = "was saved without the mean image: the training set is loaded to compute it"
+    why = "has no mean image yet: the training set is loaded to compute it"
     assert f"{copied} {why}\n" in out and "Loading: 10 of 10 tars" in out and "Shuffle" not in out
     assert out.splitlines()[-2] == re.sub(" .epoch 0.3.", "", trained[1][1])
     assert train_here(photos, copied, 5, actor=noting_worker(copied.parent)) == 0
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_before_mean_images_were_saved(thin, one_ray, photos, tr
 
 
 def test_the_best_is_the_same_after_crashes(thin, one_ray, photos, tmp_path, monkeypatch, capsys):
-    """Each copy of the folder is what a crash at that moment would have left."""
+    """A copy of the folder stands for what a crash would have left."""
     monkeypatch.setattr(thin, "VALIDATE_EVERY", 3)
     monkeypatch.setattr(thin, "CHECKPOINT_EVERY", 5)
     moments = (6, "broadcast"), (16, "broadcast")

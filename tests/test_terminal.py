@@ -65,11 +65,12 @@ class Terminal:
         text = "".join(row if row[-1] != " " else f"{row.rstrip()}\n" for row in rows)
         return text.rstrip().split("\n")
 
-    def wait_for(self, start):
-        """Wait until a line starts so; the last line."""
+    def wait_for(self, *forms):
+        """Wait until the last lines have these forms; the last one of them."""
 
         def came():
-            return any(line.startswith(start) for line in self.lines())
+            last = self.lines()[-len(forms) :]
+            return len(last) == len(forms) and all(map(re.fullmatch, forms, last))
 
         wait_until(lambda: came() or not self._reader.is_alive(), 120)
         assert came()
@@ -117,12 +118,12 @@ def test_a_bar_stays_below_whole_lines(one_ray, photos, tmp_path):
     flags = ["--s3-bucket", photos, *VALIDATED, "--iterations", 100_000]
     with on_terminal(80, one_ray, *settings, *flags) as terminal:
         for done, columns in (7, 80), (33, 200):
-            bar = terminal.wait_for(f"Paused after apply of iteration {done}")
             form = rf"  0%\|[^|]*\| {done}/100000 \[\d+:\d\d:\d\d left, {SPEED}\]"
-            assert re.fullmatch(form, bar) and columns - 2 <= len(bar) <= columns
+            bar = terminal.wait_for(f"Paused after apply of iteration {done}", form)
+            assert columns - 2 <= len(bar) <= columns
             terminal.resize(200)
             terminal.type("\n")
-        terminal.wait_for("Iteration 40: ")
+        terminal.wait_for(r"Iteration [4-9]\d: .*", ".*")
         terminal.type("\x03")
         assert terminal.wait() == 128 + signal.SIGINT
         lines = terminal.lines()
@@ -130,7 +131,6 @@ def test_a_bar_stays_below_whole_lines(one_ray, photos, tmp_path):
     assert re.fullmatch(r"Stopped at iteration \d+: nothing is saved", lines[-1])
     done = []
     for line in lines[begin:-1]:
-        line = line.removeprefix("^C")
         assert any(re.fullmatch(form, line) for form in WHOLE), line
         done += re.findall(r"^Iteration (\d+): loss", line)
     assert done == [str(number) for number in range(len(done))]
@@ -164,13 +164,16 @@ def test_a_lost_worker_and_a_validation_do_not_move_the_time_left(capsys):
     report = results.Report()
     report.plan(1000, epoch=10)
     report.start(0, [], None)
-    for iteration in range(20):
+    for iteration in range(10):
         report.accuracy(iteration, 0.5)
-        time.sleep(1 if iteration == 7 else 0.01)  # the mean would give a minute
+        time.sleep(1 if iteration == 7 else 0.05)  # the mean would give 150 s
         report.lap("compute")
         report.iteration(iteration, [1.0], 40, 1.0, 0.1)
-        time.sleep(1 if iteration == 9 else 0)
+        time.sleep(0.2)  # as validations do; this would give 250 s
         report.resume()
     said = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
     assert said[0] == "Iteration 0: accuracy = 50.0%"
-    assert re.fullmatch("Iteration 19: accuracy = 50.0%, 0:00:[12]. left", said[19])
+    minutes, seconds = re.fullmatch(
+        r"Iteration 9: accuracy = 50.0%, 0:0(\d):(\d\d) left", said[9]
+    ).groups()
+    assert 49 <= 60 * int(minutes) + int(seconds) < 120

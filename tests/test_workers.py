@@ -160,12 +160,9 @@ def test_an_accuracy_comes_after_the_gradients_and_is_shared_out(one_ray, tmp_pa
     pool.print_accuracy([Given(None)] * 4, None)
     for _ in range(2):
         assert pool.compute_grad([Given(None), Given(None)], None, 1.0, 0) == [1.0, 1.0]
-    calls = [call for call in notes(tmp_path) if call.method != "update_weights"]
-    assert [call.method for call in calls] == [
-        *["compute_grad"] * 2,
-        *["print_accuracy"] * 4,
-        *["compute_grad"] * 2,
-    ]
+    methods = [call.method for call in notes(tmp_path) if call.method != "update_weights"]
+    assert Counter(methods[:6]) == {"compute_grad": 2, "print_accuracy": 4}
+    assert methods[0] == "compute_grad" and methods[6:] == ["compute_grad"] * 2
     assert report.accuracies == [(7, 0.5)]
 
 
