@@ -17,19 +17,6 @@ import cluster
 import joining
 from tests import support
 
-STARTS_RAYS = {"test_bad_input", "test_cluster", "test_faults", "test_joining", "test_nodes"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Two processes share the tests: one has all that start Rays of their own, half of the time.
-
-    Rays that start at the same time can pick the same ports.
-    """
-    for item in items:
-        group = "several Rays" if item.path.stem in STARTS_RAYS else "one Ray"
-        item.add_marker(pytest.mark.xdist_group(group))
-
 
 @pytest.fixture(scope="session")
 def s3():
