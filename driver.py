@@ -92,7 +92,7 @@ def train(args, start, stop, report, outcome, tasks, actor, can_grow):
     tars, held_out_tars = (find(bucket, prefix, say) for prefix in (args.key_prefix, args.val_prefix))
     stored = form_of_images(bucket, tars + held_out_tars, start.stored, mini_batches, precision, say)
     training = load(bucket, args.key_prefix, tars, args.label_file, stored, tasks)
-    start.must_match(source := training.source, ["labels", *(["tars"] if CHECK_TARS else [])], say)
+    start.must_match(source := training.source, fixed_data(), say)
     held_out = load(bucket, args.val_prefix, held_out_tars, args.val_label_file, stored, tasks)
     start = start.validated_on(held_out and held_out.source, say)
 
@@ -199,8 +199,13 @@ def find_mean(args, start, tasks, say):
     say(f"{start.place} has no mean image yet: the training set is loaded to compute it")
     tars = find(args.s3_bucket, args.key_prefix, say)
     training = load(args.s3_bucket, args.key_prefix, tars, args.label_file, start.stored, tasks)
-    start.must_match(training.source, ["labels", *(["tars"] if CHECK_TARS else [])], say)
+    start.must_match(training.source, fixed_data(), say)
     return functions.mean_image(functions.match(training, say, tasks), say, tasks)
+
+
+def fixed_data():
+    """What must be as it was at the first start: fingerprints of a functions.DataSet."""
+    return ["labels", "tars"] if CHECK_TARS else ["labels"]
 
 
 def is_wanted(args):

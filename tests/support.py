@@ -217,19 +217,9 @@ def two_workers(report=None, **actor):
     import workers
 
     network, share = {"layers": THIN, "num_classes": 10}, {"cpus": 1, "gpus": 0}
-    pool = workers.Workers(
-        *(
-            2,
-            share,
-            network,
-            "float32",
-            cluster.Helpers(),
-            (100, 60),
-            report or results.Report(),
-            False,
-        ),
-        **actor,
-    )
+    timeouts, report = (100, 60), report or results.Report()
+    what = 2, share, network, "float32", cluster.Helpers(), timeouts, report, False
+    pool = workers.Workers(*what, **actor)
     pool.wait()
     return pool
 

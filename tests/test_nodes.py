@@ -69,18 +69,18 @@ def without_tensorflow(tmp_path):
 
 
 def with_memory_monitor():
-    """Options of a node on which Ray ends workers if 2.5 GiB more are used than now."""
+    """Options of a node on which Ray ends workers if 1.5 GiB more are used than now."""
     memory = psutil.virtual_memory()
-    threshold = (memory.total - memory.available + 2.5 * 2**30) / memory.total
+    threshold = (memory.total - memory.available + 1.5 * 2**30) / memory.total
     settings = {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "100"}
     return {"env_vars": settings}
 
 
 def use_memory_until(condition):
-    """Use more and more memory, at most 6 GiB, until a function returns true."""
+    """Use more and more memory, at most 3 GiB, until a function returns true."""
     used = []
     while not condition():
-        assert len(used) < 48, "Ray's memory monitor did not strike"
+        assert len(used) < 24, "Ray's memory monitor did not strike"
         used.append(np.ones(2**24))
         time.sleep(0.3)
 
