@@ -54,11 +54,11 @@ def bucket(s3):
 
 @pytest.fixture(scope="session")
 def undisturbed(one_ray, photos, tmp_path_factory):
-    """Checksums of a run that nothing disturbs, with 2 mini-batches an iteration."""
+    """Checksums of a run of noting workers that nothing disturbs, with 2 mini-batches an iteration."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         support.thin_constants(patch)
-        assert support.train_here(photos, folder) == 0
+        assert support.train_here(photos, folder, actor=support.noting_worker(folder)) == 0
     return support.checksums(folder)
 
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -245,17 +247,16 @@ Note = namedtuple("Note", "method pid iteration weights")
 
 
 def noting_worker(folder, hits=()):
-    """The class of workers that compute nothing: they note their calls in a folder, for `notes`.
+    """The class of workers without TensorFlow: they note their calls in a folder, for `notes`.
 
-    Half of an accuracy's images are right. `hits` are those of each request of a validation: pairs of
-    an iteration and a number, 0 for other iterations.
+    Their gradients are the weights, times a number that the mini-batch and the dropout masks decide: so
+    exactness can be seen in seconds. Half of an accuracy's images are right. `hits` are those of each
+    request of a validation: pairs of an iteration and a number, 0 for other iterations.
     """
     import ray
 
-    import alexnet
     import functions
 
-    shapes = alexnet.weight_shapes(THIN, 10)
     place = folder / "notes"
 
     def note(method, iteration, weightrefs):
@@ -265,7 +266,7 @@ def noting_worker(folder, hits=()):
     @ray.remote
     class Worker:
         def __init__(self, network):
-            self.gradients = [np.zeros(shape, np.float32) for shape in shapes]
+            pass
 
         def place(self):
             return functions.place()
@@ -275,7 +276,10 @@ def noting_worker(folder, hits=()):
 
         def compute_grad(self, iteration, weightrefs, minibatch, mean, keep_probability, dropout_seed):
             note("compute_grad", iteration, weightrefs)
-            return self.gradients, 1.0
+            [weights] = ray.get(weightrefs)
+            decide = pickle.dumps((minibatch, keep_probability, dropout_seed))
+            number = np.float32(zlib.crc32(decide) / 2**32)
+            return [number * part for part in weights], 1.0
 
         def print_accuracy(self, iteration, weightrefs, minibatch, mean):
             note("print_accuracy", iteration, weightrefs)

@@ -47,7 +47,7 @@ def test_task_that_hangs_is_named_and_run_again(
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         proxy.faults["GET", "n01500003.tar"] = iter([stop])
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        assert train_here(photos, tmp_path) == 0
+        assert train_here(photos, tmp_path, actor=noting_worker(tmp_path)) == 0
     late = rf"{task} has not ended in 6 s on node \w{{8}}: this task is run again"
     seen = rf"a process is stopped on node \w{{8}} \(ray::{task}\): it is ended"  # at the same time
     assert len(re.findall(f"^(?:{late}|{seen})$", capsys.readouterr().out, re.M)) == len(stopped) == 1
@@ -127,7 +127,7 @@ def test_data_larger_than_the_object_stores_spills_and_a_full_disk_is_one_clear_
 
 
 class Memory(results.Report):
-    """Keeps the losses, and the memory of driver and workers after 100 and after 200 iterations."""
+    """Keeps the losses, and the memory of driver and workers after 50 and after 150 iterations."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Memory(results.Report):
     def iteration(self, iteration, losses, *numbers):
         super().iteration(iteration, losses, *numbers)
         self.losses += losses
-        if iteration in (100, 200):
+        if iteration in (50, 150):
             processes = [psutil.Process(), *workers_of(os.getpid())]
             free = ray.available_resources()["object_store_memory"]
             # USS is what a process has for itself: the object store is not counted.
@@ -147,8 +147,8 @@ def test_hundreds_of_iterations_learn_and_memory_stays_flat(thin, one_ray, photo
     monkeypatch.setattr(thin, "ACCURACY_EVERY", 10)
     monkeypatch.setattr(thin, "KEEP_PROBABILITY", 1.0)
     report = Memory()
-    assert train(photos, "--iterations", 201, report=report) == 0
-    (early, early_free), (late, late_free) = report.seen[100], report.seen[200]
+    assert train(photos, "--iterations", 151, report=report) == 0
+    (early, early_free), (late, late_free) = report.seen[50], report.seen[150]
     assert len(early) == len(late) == 3
     for before, after in zip(early, late, strict=True):
         assert after - before < 10 * 2**20

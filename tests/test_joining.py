@@ -131,7 +131,8 @@ def test_runs_side_by_side_do_not_disturb_each_other(photos, tmp_path):
     short = start(MEMORY_IS_SHORT, env=environment)
 
     flags, saved = ["--export-dir", tmp_path / "network"], tmp_path / "saved"
-    settings, for_ever = ["PAUSES=[(3, 'compute')]"], {"flags": flags, "iterations": 10**6}
+    settings = ["PAUSES=[(3, 'compute')]", f"NOTES='{tmp_path}'"]
+    for_ever = {"flags": flags, "iterations": 10**6}
     with train_elsewhere(photos, saved, "local", *settings, **for_ever) as run:
         with run.paused(3, "compute"):
             [head] = [p for p in psutil.Process(run.pid).children(True) if p.name() == "gcs_server"]

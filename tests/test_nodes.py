@@ -152,7 +152,7 @@ def test_cpus_of_several_models_and_a_late_one_without_bfloat16(s3, photos, tmp_
         (tmp_path / model).write_text(f"model name : {model}\nflags : {flags}\n")
         return tmp_path / model
 
-    settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]"]
+    settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]", f"NOTES='{tmp_path}'"]
     nodes = Nodes(0, others=0, cpus=0)
     try:
         with (

@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 import cluster
-import functions
 import places
 import saving
 from tests.fault_proxy import fault_proxy
@@ -79,9 +78,7 @@ def test_signals_at_any_moment_keep_the_last_whole_step(
     before = 0
     for signum, moment, act, saved in MOMENTS:
         handler = signal.getsignal(signum)
-        hooks = {"report": At({moment: act}), "actor": functions.Worker}
-        if not saved:
-            hooks["actor"] = noting_worker(tmp_path)  # nothing is computed yet
+        hooks = {"report": At({moment: act}), "actor": noting_worker(tmp_path)}
         assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED, **hooks) == 128 + signum
         assert signal.getsignal(signum) == handler
         out, err = capsys.readouterr()
@@ -95,7 +92,7 @@ def test_signals_at_any_moment_keep_the_last_whole_step(
         assert f"ckpt-{saved}" in newest or not saved
         before = saved
     monkeypatch.setattr(thin, "NUM_WORKERS", 1)  # which computes both mini-batches
-    assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED) == 0
+    assert train_here(photos, tmp_path, ITERATIONS, *VALIDATED, actor=noting_worker(tmp_path)) == 0
     assert f"Resumed from {tmp_path} at iteration {before}\n" in capsys.readouterr().out
     assert checksums(tmp_path) == undisturbed
 
@@ -109,15 +106,15 @@ def test_signal_while_a_save_goes_to_s3_waits_for_it_and_exports(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         # So the save of iteration 5 goes on while the signal comes.
         proxy.always["PUT"] = lambda: threading.Event().wait(0.5)
-        flags = ["--export-dir", export]
+        flags, actor = ["--export-dir", export], {"actor": noting_worker(tmp_path)}
         report = At({(6, "compute"): send(TERM)})
-        assert train_here(photos, place, 100_000, *flags, report=report) == 143
+        assert train_here(photos, place, 100_000, *flags, report=report, **actor) == 143
         del proxy.always["PUT"]
         out, err = capsys.readouterr()
         assert re.findall(r"^Iteration (\d+): loss", out, re.M) == list("012345") and err == ""
         assert out.endswith(f"Stopped at iteration 6: checkpoints in {place}, network in {export}\n")
         assert (export / "saved_model.pb").exists()
-        assert train_here(photos, place) == 0
+        assert train_here(photos, place, **actor) == 0
         fetch_newest(place, tmp_path)
     assert f"Resumed from {place} at iteration 6" in capsys.readouterr().out
     assert checksums(tmp_path) == undisturbed
@@ -171,7 +168,7 @@ def test_run_whose_output_nobody_reads_any_more_ends_quietly(one_ray, photos, tm
 def test_saves_that_a_disk_refuses_for_a_while_and_lost_curves(one_ray, photos, undisturbed, tmp_path):
     """As on a full disk, no file may be longer than 100 kB for a while, which curves never are."""
     full, free, curves = (3, "apply"), (6, "apply"), tmp_path / "curves"
-    settings = [f"PAUSES={[full, free]}", "CHECKPOINT_EVERY=1"]
+    settings = [f"PAUSES={[full, free]}", "CHECKPOINT_EVERY=1", f"NOTES='{tmp_path}'"]
     flags, saved = ["--log-dir", curves], tmp_path / "saved"
     with train_elsewhere(photos, saved, one_ray, *settings, flags=flags) as run:
         limit = psutil.Process(run.pid).rlimit
@@ -289,7 +286,7 @@ def test_an_error_of_the_program_itself_is_raised_and_leaves_no_thread(thin, one
 def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(
     thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    settings = ["CHECKPOINT_EVERY=1", "PAUSES=[(2, 'apply')]"]
+    settings = ["CHECKPOINT_EVERY=1", "PAUSES=[(2, 'apply')]", f"NOTES='{tmp_path}'"]
     with train_elsewhere(photos, tmp_path, one_ray, *settings) as run:
         with run.paused(2, "apply"):
             assert train_here(photos, tmp_path) == 2
@@ -300,7 +297,7 @@ def test_second_run_on_a_folder_is_refused_until_the_first_is_dead(
     for leftover in ("ckpt-99.data-00000-of-00001.tempstate123", "ckpt-99.data-00000-of-00001"):
         (tmp_path / leftover).write_bytes(b"half a save")
     monkeypatch.setattr(thin, "NUM_WORKERS", 1)  # which computes both mini-batches
-    assert train_here(photos, tmp_path) == 0
+    assert train_here(photos, tmp_path, actor=noting_worker(tmp_path)) == 0
     assert re.search(f"^Resumed from {tmp_path} at iteration 1.$", capsys.readouterr().out, re.M)
     assert checksums(tmp_path) == undisturbed
 

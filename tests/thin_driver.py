@@ -2,7 +2,7 @@
 
 Two settings are no constants. PAUSES=[(iteration, phase), line, ...]: the run stands still after the
 phase, or after a line that starts so, until a line comes on standard input. So a test decides what
-happens when. NOTES=folder: its workers compute nothing, they are those of `noting_worker`.
+happens when. NOTES=folder: its workers are those of `noting_worker`.
 """
 
 import ast
