@@ -467,7 +467,7 @@ def test_more_workers_than_a_growing_cluster_gets_room_for(thin, one_ray, small,
 def test_gpu_that_no_worker_can_use(thin, one_ray, small, capsys, monkeypatch):
     """The session's Ray counts GPUs that are none: computing on the CPU instead would take weeks."""
     monkeypatch.setattr(thin, "GPUS_PER_WORKER", 1)
-    monkeypatch.setattr(thin, "NUM_WORKERS", 1)
+    monkeypatch.setattr(thin, "NUM_WORKERS", 2)
     why = "TensorFlow sees 0 of 1 GPUs: it needs pip install tensorflow[and-cuda]"
     assert one_error(capsys, *small, "--iterations", 1, actor=functions.Worker).endswith(why)
 

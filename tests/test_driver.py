@@ -58,7 +58,7 @@ class Watcher(results.Report):
 
 
 def test_every_image_is_there_once_after_loading_and_shuffling(
-    thin, one_ray, s3, bucket, monkeypatch, capsys
+    thin, one_ray, s3, bucket, tmp_path, monkeypatch, capsys
 ):
     """Each image has a label of its own: labels are file identities; its colour proves the pixels."""
     files = {f"n{i}.JPEG": jpeg(Image.new("RGB", (300, 260), (i, 255 - i, 2 * i))) for i in range(35)}
@@ -69,8 +69,8 @@ def test_every_image_is_there_once_after_loading_and_shuffling(
     lines = [f"x/n{i}.JPEG {i}" for i in range(35)]
     s3.put_object(Bucket=bucket, Key="train.txt", Body="\n".join(lines).encode())
     monkeypatch.setattr(thin, "NUM_CLASSES", 35)
-    report = Watcher()
-    assert train(bucket, "--key-prefix", "", "--iterations", 1, report=report) == 0
+    hooks = {"report": (report := Watcher()), "actor": noting_worker(tmp_path)}
+    assert train(bucket, "--key-prefix", "", "--iterations", 1, **hooks) == 0
     images, labels = map(np.concatenate, zip(*report.batches, strict=True))
     assert sorted(labels.tolist()) == list(range(35))
     for image, label in zip(images, labels, strict=True):
@@ -90,8 +90,8 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
         "MOMENTUM": 0.0,
     }.items():
         monkeypatch.setattr(thin, name, value)
-    report = Watcher()
-    assert train(photos, "--iterations", 5, "--checkpoint-dir", tmp_path, report=report) == 0
+    hooks = {"report": (report := Watcher()), "actor": noting_worker(tmp_path)}
+    assert train(photos, "--iterations", 5, "--checkpoint-dir", tmp_path, **hooks) == 0
     assert report.rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
     assert min(report.norms) > 0.01  # each step was shortened
     state = saving.Checkpoints(str(tmp_path), print).start().state

@@ -65,7 +65,7 @@ def planted(seed, number):
 
 
 def test_every_misbehaviour_is_a_finding():
-    findings = fuzz.run(len(PLANTED), seed=3, attempt=planted, cpu_seconds=1, patience=8)
+    findings = fuzz.run(len(PLANTED), seed=3, attempt=planted, cpu_seconds=1, patience=5)
     for number, (_, wanted) in enumerate(PLANTED):
         found = [finding for finding in findings if finding.startswith(f"input {number} of seed 3: ")]
         assert wanted in found[0] if wanted else found == []

@@ -127,14 +127,13 @@ def test_runs_side_by_side_do_not_disturb_each_other(photos, tmp_path):
     ends every load task of one, and the head of the other is killed; Ray says nothing of either."""
     monitor = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     environment = os.environ | monitor | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
-    notebook = start(FROM_A_NOTEBOOK.format(root=str(ROOT)), cwd=tmp_path)
-    short = start(MEMORY_IS_SHORT, env=environment)
-
     flags, saved = ["--export-dir", tmp_path / "network"], tmp_path / "saved"
     settings = ["PAUSES=[(3, 'compute')]", f"NOTES='{tmp_path}'"]
     for_ever = {"flags": flags, "iterations": 10**6}
     with train_elsewhere(photos, saved, "local", *settings, **for_ever) as run:
         with run.paused(3, "compute"):
+            notebook = start(FROM_A_NOTEBOOK.format(root=str(ROOT)), cwd=tmp_path)
+            short = start(MEMORY_IS_SHORT, env=environment)
             [head] = [p for p in psutil.Process(run.pid).children(True) if p.name() == "gcs_server"]
             head.kill()
         out, error = notebook.communicate(timeout=200)

@@ -38,8 +38,8 @@ WIDE = tuple(("dense", 128) if layer == ("dense", 32) else layer for layer in TH
 
 @pytest.fixture(scope="module")
 def nodes(s3):
-    """A head without CPUs, and three nodes of two."""
-    nodes = Nodes(0, others=3, cpus=2)
+    """A head without CPUs, and no other node yet."""
+    nodes = Nodes(0, others=0, cpus=2)
     yield nodes
     nodes.close()
 
@@ -97,6 +97,8 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
     settings = [f"LAYERS={WIDE}", "STORED='jpeg'", f"WORKER_TIMEOUT={TIMEOUT}", f"PAUSES={pauses}"]
     flags = ["--s3-bucket", photos, "--checkpoint-dir", tmp_path / "saved", "--iterations", ITERATIONS]
     with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            nodes.add()
         proxy = stack.enter_context(fault_proxy(os.environ["AWS_ENDPOINT_URL"]))
         options = {"address": nodes.address, "environment": {"AWS_ENDPOINT_URL": proxy.url}}
         run = stack.enter_context(thin_driver(*settings, *flags, **options))
@@ -127,6 +129,8 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
         assert run.wait() == 0, run.output()
     psutil.wait_procs(stopped, timeout=30)
     assert not any(process.is_running() for process in stopped)  # and not left behind stopped
+    while nodes.others:
+        nodes.kill()
     out = run.output()
     for line in (
         "6 workers; an iteration is 6 mini-batches of 5 images, in float32, an epoch is 4 iterations",
@@ -147,26 +151,22 @@ can_mount = subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncod
 
 
 @pytest.mark.skipif(not can_mount, reason="this user may not mount a file for some processes")
-def test_cpus_of_several_models_and_a_late_one_without_bfloat16(s3, photos, tmp_path):
+def test_cpus_of_several_models_and_a_late_one_without_bfloat16(nodes, photos, tmp_path):
     def cpu(model, flags):
         (tmp_path / model).write_text(f"model name : {model}\nflags : {flags}\n")
         return tmp_path / model
 
     settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]", f"NOTES='{tmp_path}'"]
-    nodes = Nodes(0, others=0, cpus=0)
-    try:
-        with (
-            nodes.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
-            nodes.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
-            train_elsewhere(photos, tmp_path / "saved", nodes.address, *settings, iterations=20) as run,
-        ):
-            run.wait_for("Paused after apply of iteration 3")
-            with nodes.with_cpuinfo(2, cpu("Knots", "fpu")):
-                with run.paused(3, "apply"):
-                    titled(abacus.pid, "ray::Worker")[0].kill()
-                assert run.wait() == 0
-    finally:
-        nodes.close()
+    with (
+        nodes.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
+        nodes.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
+        train_elsewhere(photos, tmp_path / "saved", nodes.address, *settings, iterations=20) as run,
+    ):
+        run.wait_for("Paused after apply of iteration 3")
+        with nodes.with_cpuinfo(2, cpu("Knots", "fpu")):
+            with run.paused(3, "apply"):
+                titled(abacus.pid, "ray::Worker")[0].kill()
+            assert run.wait() == 0
     out = run.output()
     for line in (
         r"CPUs of several models \(Abacus; Quipu\): two runs may differ in the last bits",
