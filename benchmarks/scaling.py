@@ -10,8 +10,10 @@ of the gradients' real size without computing them. Bytes are counted by Ray's o
 each iteration the driver stands still until their counters do. Weights and gradients are sets of 16
 arrays of one size, so almost all bytes are whole sets; the rest is mini-batches and small objects.
 With --thin, the network is tiny, a mini-batch is one image, and accuracies are measured as ever: what
-is left of an iteration is its calls and waits. With --compute, the workers are those of driver.py, of
---cpus CPUs each: what is the speed, and how much memory has a worker of its own?
+is left of an iteration is its calls and waits. The last figures then are CPU time of an iteration, in
+milliseconds: of the driver, and of all other processes, which share this machine's cores. With
+--compute, the workers are those of driver.py, of --cpus CPUs each: what is the speed, and how much
+memory has a worker of its own?
 """
 
 import argparse
@@ -22,10 +24,12 @@ import time
 import urllib.request
 
 import numpy as np
+import psutil
 import ray
 from measuring import (
     NUM_CLASSES,
     WORKERS,
+    ask,
     loopback,
     private_memory,
     ray_workers,
@@ -38,6 +42,7 @@ from ray.cluster_utils import Cluster
 import functions
 from tests.support import THIN, fill_bucket
 
+THIN_NETWORK = THIN, 10  # layers and classes
 MINI_BATCH = 20  # images: 3 MB
 WARM_UP = 3  # iterations; without computing, one more for each set that the object store has room for
 SPARE = 4  # sets that fit into a node's object store beside those of its workers
@@ -89,26 +94,35 @@ def settled_counters():
     return last
 
 
+def cpu_seconds():
+    """CPU seconds so far of this process and of those that it has started: a dict by process id."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    times = {process.pid: ask(process.cpu_times, None) for process in processes}
+    return {pid: taken.user + taken.system for pid, taken in times.items() if taken}
+
+
 def measure(nodes, workers, one_set, args):
     """Run driver.py on so many nodes of so many workers; returns the number of the driver's node; of
-    each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]; and the MB of
-    memory that a worker has."""
+    each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]; the MB of
+    memory that a worker has; and the CPU ms of an iteration, of the driver and of all others."""
     import driver
     import joining
 
     driver.NUM_WORKERS, driver.CPUS_PER_WORKER = workers * nodes, args.cpus
-    driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = args.precision, 0.0, 0.0
+    driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = args.precision, 1e-30, 0.0
     if args.thin:
-        driver.LAYERS, driver.MINI_BATCH = THIN, 1
+        (driver.LAYERS, driver.NUM_CLASSES), driver.MINI_BATCH = THIN_NETWORK, 1
     else:
         driver.MINI_BATCH, driver.ACCURACY_EVERY = MINI_BATCH, 10**9
-    seconds, counts, memory = [], [], []
+    seconds, counts, memory, used = [], [], [], []
     # A worker maps the pages of the object store one by one, when it first writes to them.
     warm_up = WARM_UP + (0 if args.compute or args.thin else workers + SPARE)
 
     def stand_still(phases):
         seconds.append(phases)
         counts.append(settled_counters() if nodes > 1 else np.zeros((1, 2)))
+        if len(seconds) in (warm_up, warm_up + args.iterations):
+            used.append(cpu_seconds())
         if len(seconds) == warm_up:
             others = set(ray_workers(["Worker"]))
             memory.extend(private_memory(pid) for pid in set(ray_workers()) - others)
@@ -132,7 +146,10 @@ def measure(nodes, workers, one_set, args):
     if status:
         raise RuntimeError(f"driver.py ended with {status}")
     moved = np.diff(counts, axis=0)[-args.iterations :]
-    return head, seconds[-args.iterations :], moved, max(memory, default=0)
+    before, after = used
+    cpu = {pid: (after[pid] - before[pid]) / args.iterations for pid in before.keys() & after.keys()}
+    cpu = 1000 * np.array([cpu.pop(os.getpid()), sum(cpu.values())])
+    return head, seconds[-args.iterations :], moved, max(memory, default=0), cpu
 
 
 def main():
@@ -148,21 +165,23 @@ def main():
     args = parser.parse_args()
     import alexnet
 
-    one_set = alexnet.set_bytes(THIN if args.thin else alexnet.LAYERS, NUM_CLASSES, args.precision)
+    network = THIN_NETWORK if args.thin else (alexnet.LAYERS, NUM_CLASSES)
+    one_set = alexnet.set_bytes(*network, args.precision)
     print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB")
     print(
         "Whole sets into and out of the driver's node, and of all nodes; MB of anything else; seconds"
     )
     print("nodes workers   into  out of    all  else, MB            an iteration  of it, by phase")
     for nodes, workers in itertools.product(args.nodes, args.workers):
-        head, seconds, moved, memory = run_apart(measure, nodes, workers, one_set, args)
+        head, seconds, moved, memory, cpu = run_apart(measure, nodes, workers, one_set, args)
         into, out, everything = moved[:, head, 0], moved[:, head, 1], moved[:, :, 0].sum(axis=1)
         sets = [np.median(values // one_set) for values in (into, out, everything)]
         rest, taken = np.median(everything % one_set) / 1e6, [sum(p.values()) for p in seconds]
         phases = {phase: np.median([p[phase] for p in seconds]) for phase in seconds[0]}
         row = "{:5} {:7} {:6.0f} {:7.0f} {:6.0f} {:9.1f}".format(nodes, workers, *sets, rest)
         by_phase = ", ".join(f"{phase} {value:.3f}" for phase, value in phases.items())
-        print(f"{row} {spread(taken, '.2f'):>23}  {by_phase}", flush=True)
+        used = "; CPU ms {:.0f} and {:.0f}".format(*cpu) if args.thin else ""
+        print(f"{row} {spread(taken, '.2f'):>23}  {by_phase}{used}", flush=True)
         if args.compute:
             speeds = [nodes * workers * MINI_BATCH / value for value in taken]
             print(
