@@ -2,8 +2,8 @@
 
     python benchmarks/parts.py [--precision float32] [--mini-batch 20] [--iterations 40]
 
-2 workers of one CPU, as driver.py has them, note when their calls begin and end. Iterations with an
-accuracy are left out. Prints milliseconds: medians and, in brackets, the least and the most.
+2 workers of one CPU, as driver.py has them, note when their calls begin and end. The parts are those of
+iterations without an accuracy. Prints milliseconds: medians and, in brackets, the least and the most.
 """
 
 import argparse
@@ -103,16 +103,22 @@ def parts(driver, notes):
 
 
 def measure(args):
-    """The parts of each iteration that has no accuracy."""
+    """The parts of each iteration that has no accuracy, and the seconds of each one that has."""
     import driver
 
     with tempfile.TemporaryDirectory() as folder:
         iterations = train(args, Path(folder))
         lines = [line for path in Path(folder).iterdir() for line in path.read_text().splitlines()]
     rows = [json.loads(line) for line in lines]
-    every = driver.ACCURACY_EVERY
-    numbers = [i for i in range(WARM_UP, WARM_UP + args.iterations) if i % every]
-    return [parts(iterations[i], np.array([row[1:] for row in rows if row[0] == i])) for i in numbers]
+    measured, with_accuracy = [], []
+    for number in range(WARM_UP, WARM_UP + args.iterations):
+        moments = iterations[number]
+        if number % driver.ACCURACY_EVERY:
+            notes = np.array([row[1:] for row in rows if row[0] == number])
+            measured.append(parts(moments, notes))
+        else:
+            with_accuracy.append(moments["apply"] - moments["start"])
+    return measured, with_accuracy
 
 
 def main():
@@ -122,12 +128,13 @@ def main():
     parser.add_argument("--mini-batch", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=40)
     args = parser.parse_args()
-    measured = run_apart(measure, args)
+    measured, with_accuracy = run_apart(measure, args)
     for name in measured[0]:
         values = 1000 * np.array([iteration[name] for iteration in measured])
         print(f"{name:48} {spread(values, '.0f')}")
     whole = [sum(v for name, v in i.items() if not name.startswith(" ")) for i in measured]
     print(f"{'the iteration':48} {spread(1000 * np.array(whole), '.0f')}")
+    print(f"{'an iteration with an accuracy':48} {spread(1000 * np.array(with_accuracy), '.0f')}")
 
 
 if __name__ == "__main__":
