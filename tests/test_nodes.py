@@ -37,11 +37,21 @@ WIDE = tuple(("dense", 128) if layer == ("dense", 32) else layer for layer in TH
 
 
 @pytest.fixture(scope="module")
-def nodes(s3):
+def head(s3):
     """A head without CPUs, and no other node yet."""
     nodes = Nodes(0, others=0, cpus=2)
     yield nodes
     nodes.close()
+
+
+@pytest.fixture
+def nodes(head):
+    """Three nodes of two CPUs beside the head."""
+    for _ in range(3):
+        head.add()
+    yield head
+    while head.others:
+        head.kill()
 
 
 @pytest.fixture
@@ -97,8 +107,6 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
     settings = [f"LAYERS={WIDE}", "STORED='jpeg'", f"WORKER_TIMEOUT={TIMEOUT}", f"PAUSES={pauses}"]
     flags = ["--s3-bucket", photos, "--checkpoint-dir", tmp_path / "saved", "--iterations", ITERATIONS]
     with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            nodes.add()
         proxy = stack.enter_context(fault_proxy(os.environ["AWS_ENDPOINT_URL"]))
         options = {"address": nodes.address, "environment": {"AWS_ENDPOINT_URL": proxy.url}}
         run = stack.enter_context(thin_driver(*settings, *flags, **options))
@@ -129,8 +137,6 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
         assert run.wait() == 0, run.output()
     psutil.wait_procs(stopped, timeout=30)
     assert not any(process.is_running() for process in stopped)  # and not left behind stopped
-    while nodes.others:
-        nodes.kill()
     out = run.output()
     for line in (
         "6 workers; an iteration is 6 mini-batches of 5 images, in float32, an epoch is 4 iterations",
@@ -151,19 +157,19 @@ can_mount = subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncod
 
 
 @pytest.mark.skipif(not can_mount, reason="this user may not mount a file for some processes")
-def test_cpus_of_several_models_and_a_late_one_without_bfloat16(nodes, photos, tmp_path):
+def test_cpus_of_several_models_and_a_late_one_without_bfloat16(head, photos, tmp_path):
     def cpu(model, flags):
         (tmp_path / model).write_text(f"model name : {model}\nflags : {flags}\n")
         return tmp_path / model
 
     settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]", f"NOTES='{tmp_path}'"]
     with (
-        nodes.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
-        nodes.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
-        train_elsewhere(photos, tmp_path / "saved", nodes.address, *settings, iterations=20) as run,
+        head.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
+        head.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
+        train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=20) as run,
     ):
         run.wait_for("Paused after apply of iteration 3")
-        with nodes.with_cpuinfo(2, cpu("Knots", "fpu")):
+        with head.with_cpuinfo(2, cpu("Knots", "fpu")):
             with run.paused(3, "apply"):
                 titled(abacus.pid, "ray::Worker")[0].kill()
             assert run.wait() == 0
