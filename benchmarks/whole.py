@@ -3,11 +3,14 @@
     python benchmarks/whole.py FOLDER [--tars 100] [--images 1300] [--rounds 7] [--forms jpeg pixels]
     python benchmarks/whole.py FOLDER --tars 1 --images 90000   # one tar of 10 GB
     sudo python benchmarks/whole.py FOLDER --tars 10 --store 320 --cold --iterations 20
+    python benchmarks/whole.py FOLDER --tars 300 --images 100 --rounds 8 --iterations 3 --node-dies
 
 FOLDER is laid out like the bucket: tars of photos below ILSVRC2012_img_train/. Up to ten tars are made
 of its photos, each of so many images, and an S3 server on loopback shows them under as many keys as
 --tars says. driver.py runs for some iterations, as a user starts it but for its form and rounds. With
---store, the object store has so many MB; with --cold, the page cache is dropped every second.
+--store, the object store has so many MB; with --cold, the page cache is dropped every second. With
+--node-dies, there are two nodes of one worker; after the first iteration one of them is killed with all
+that lies there, and another one comes.
 """
 
 import argparse
@@ -112,24 +115,27 @@ def make_objects(folder, tars, images, place):
     return objects | {"train.txt": (labels, f'"{"f" * 32}"')}
 
 
-def drive(url, form, rounds, iterations, store, cold):
+def drive(url, form, args):
     """Run driver.py; returns a dict of moment -> seconds since its start, and what it took.
 
     The first iteration computes; its end is that of loading, labelling and shuffling, and one step.
+    "without the node" are the seconds from a node's death to the end of the next iteration.
     """
     start, moments = time.monotonic(), {"MB of a task": 0, "MB of the driver": 0}
-    if store:  # Ray reads it when it loads
-        os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(store * 10**6)
+    if args.store:  # Ray reads it when it loads
+        os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(args.store * 10**6)
     import ray
     from ray._private.internal_api import memory_summary  # what `ray memory --stats-only` prints
 
     import driver
     from results import Report
+    from tests.nodes import Cluster, kill, raylet_of
 
     class Noted(Report):
         def say(self, line):
             super().say(line)
-            for text, what in ("images in", "loaded"), (f"{rounds} of {rounds} done", "shuffled"):
+            last_round = f"{args.rounds} of {args.rounds} done"
+            for text, what in ("images in", "loaded"), (last_round, "shuffled"):
                 if text in line:
                     moments[what] = time.monotonic() - start
 
@@ -140,18 +146,27 @@ def drive(url, form, rounds, iterations, store, cold):
                 speeds.append(numbers[1] / (now - moments["last iteration"]))
                 moments["images/s"] = statistics.median(speeds)
             moments.setdefault("first iteration", now)
-            moments["last iteration"] = now
             moments["MB spilled"] = spilled()
+            if args.node_dies and iteration == 1:
+                moments["without the node"] = now - moments["last iteration"]
+            if args.node_dies and iteration == 0:
+                [other] = machines.worker_nodes
+                kill(raylet_of(other))
+                machines.remove_node(other, allow_graceful=False)
+                machines.add_node(**node)
+            moments["last iteration"] = time.monotonic() - start
 
     def watch_memory():
         while True:
             note("MB of the driver", [os.getpid()])
             if "first iteration" not in moments:
                 note("MB of a task", ray_workers(["Worker"]))
+            elif args.node_dies and "without the node" not in moments:
+                note("MB of a task without the node", ray_workers(["Worker"]))
             time.sleep(1)
 
     def note(what, pids):
-        moments[what] = max([moments[what], *map(private_memory, pids)])
+        moments[what] = max([moments.get(what, 0), *map(private_memory, pids)])
 
     def drop_caches():
         while True:
@@ -164,12 +179,17 @@ def drive(url, form, rounds, iterations, store, cold):
 
     settings = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", "RAY_ADDRESS": "local"}
     os.environ.update(settings, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
-    driver.STORED, driver.SHUFFLE_ROUNDS = form, rounds
+    if args.node_dies:
+        node = {"num_cpus": 1, "object_store_memory": (args.store or 2000) * 10**6}
+        machines = Cluster(initialize_head=True, head_node_args=node)
+        machines.add_node(**node)
+        os.environ["RAY_ADDRESS"] = machines.address
+    driver.STORED, driver.SHUFFLE_ROUNDS = form, args.rounds
     speeds = []
     Thread(target=watch_memory, daemon=True).start()
-    if cold:
+    if args.cold:
         Thread(target=drop_caches, daemon=True).start()
-    limit = ["--iterations", str(iterations)]
+    limit = ["--iterations", str(args.iterations)]
     flags = ["--s3-bucket", BUCKET, "--key-prefix", "ILSVRC2012_img_train/", *limit]
     if status := driver.main(flags, report=Noted()):
         raise RuntimeError(f"driver.py ended with {status}")
@@ -187,12 +207,12 @@ def main():
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--store", type=int, help="MB of the object store")
     parser.add_argument("--cold", action="store_true", help="drop the page cache every second")
+    parser.add_argument("--node-dies", action="store_true", help="one of two, after an iteration")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         server = Aliases(make_objects(args.folder, args.tars, args.images, Path(place)))
         for form in args.forms:
-            what = form, args.rounds, args.iterations, args.store, args.cold
-            moments = run_apart(drive, server.url, *what)
+            moments = run_apart(drive, server.url, form, args)
             print(form, ", ".join(f"{k} {value:.1f}" for k, value in moments.items()), flush=True)
 
 
