@@ -149,12 +149,12 @@ def drive(url, form, args):
             moments["MB spilled"] = spilled()
             if args.node_dies and iteration == 1:
                 moments["without the node"] = now - moments["last iteration"]
+            moments["last iteration"] = time.monotonic() - start
             if args.node_dies and iteration == 0:
                 [other] = machines.worker_nodes
                 kill(raylet_of(other))
                 machines.remove_node(other, allow_graceful=False)
                 machines.add_node(**node)
-            moments["last iteration"] = time.monotonic() - start
 
     def watch_memory():
         while True:

@@ -197,6 +197,9 @@ def train(bucket, *options, **hooks):
 
 ITERATIONS = 30  # of the session's undisturbed run
 
+# Flags by which one class of the session's photos is held out.
+VALIDATED = ["--val-prefix", "ILSVRC2012_img_train/n01500003", "--val-label-file", "train.txt"]
+
 
 def train_here(bucket, folder, iterations=ITERATIONS, *options, **hooks):
     """driver.py in this process, which saves in a folder or in S3."""

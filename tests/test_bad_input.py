@@ -392,7 +392,7 @@ def test_training_goes_on_with_what_is_usable(thin, one_ray, s3, bucket, tmp_pat
     assert "3 images in 2 batches" in out
     assert len(re.findall(r"^Iteration \d: loss", out, re.M)) == 2
     [share] = re.findall(r"^Iteration 2 \(epoch 3.3\): validation top-1 = ([\d.]+)%", out, re.M)
-    assert share == "0.0"  # these workers compute nothing
+    assert share == "0.0"  # these workers count no hits
 
 
 def test_nothing_usable_left(thin, one_ray, s3, bucket, capsys):

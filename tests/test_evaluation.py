@@ -13,9 +13,7 @@ import pytest
 from alexnet import tf
 from tests.fault_proxy import fault_proxy
 from tests.moments import At
-from tests.support import checksums, noting_worker, thin_constants, train_here
-
-VALIDATED = ["--val-prefix", "ILSVRC2012_img_train/n01500003", "--val-label-file", "train.txt"]
+from tests.support import VALIDATED, checksums, noting_worker, thin_constants, train_here
 
 
 @pytest.fixture(scope="module")

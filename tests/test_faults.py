@@ -143,7 +143,7 @@ class Memory(results.Report):
             self.seen[iteration] = [process.memory_full_info().uss for process in processes], free
 
 
-def test_hundreds_of_iterations_learn_and_memory_stays_flat(thin, one_ray, photos, monkeypatch):
+def test_many_iterations_learn_and_memory_stays_flat(thin, one_ray, photos, monkeypatch):
     monkeypatch.setattr(thin, "ACCURACY_EVERY", 10)
     monkeypatch.setattr(thin, "KEEP_PROBABILITY", 1.0)
     report = Memory()

@@ -17,11 +17,9 @@ import time
 import pyte
 
 import results
-from tests.support import ROOT, wait_until
+from tests.support import ROOT, VALIDATED, wait_until
 
 LINES = 24  # of the terminal
-
-VALIDATED = ["--val-prefix", "ILSVRC2012_img_train/n01500003", "--val-label-file", "train.txt"]
 
 
 class Terminal:
