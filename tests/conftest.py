@@ -2,10 +2,14 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 import uuid
 
 # TensorFlow leaves Keras out then, and loading it takes a sixth less.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+# Ray keeps a cluster's address in it: tests do not see this machine's clusters, nor it theirs.
+RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
 import driver  # before Ray, to which it says what to leave out
 
@@ -16,6 +20,10 @@ import ray
 import cluster
 import joining
 from tests import support
+
+
+def pytest_unconfigure():
+    shutil.rmtree(RAY_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
