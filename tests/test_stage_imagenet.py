@@ -421,7 +421,7 @@ def test_interrupt_leaves_no_tar(s3, bucket, proxy, large, signum):
         sent.append(None)
         if len(sent) == 1:
             process.send_signal(signum)
-        time.sleep(0.5)
+        time.sleep(1.5)
 
     proxy.faults["PUT", "n01440764.tar"] = itertools.repeat(interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
