@@ -22,12 +22,12 @@ with silent_stderr():
 
 PIXEL_STD = 58.0  # about the standard deviation of ImageNet's pixels: inputs of unit variance
 
-# One row a layer: ("conv", filters, kernel side, stride, options...) or ("dense", units).
-# "norm" follows the ReLU and precedes "pool" (paper, section 3.3 to 3.5). The last dense layer, one
-# unit a class, is added by AlexNet.
+# One row a layer (paper, section 3.4 and 3.5): ("conv", filters, kernel side, stride), which may have
+# "pool" behind it, or ("dense", units). The last dense layer, one unit a class, is added by AlexNet.
+# The paper's normalisation (section 3.3) is left out: it made no difference (benchmarks/README.md).
 LAYERS = (
-    ("conv", 96, 11, 4, "norm", "pool"),
-    ("conv", 256, 5, 1, "norm", "pool"),
+    ("conv", 96, 11, 4, "pool"),
+    ("conv", 256, 5, 1, "pool"),
     ("conv", 384, 3, 1),
     ("conv", 384, 3, 1),
     ("conv", 256, 3, 1, "pool"),
@@ -81,8 +81,8 @@ def as_bits(arrays):
 def forward(images, parameters, layers, dropout=lambda x, layer: x):
     """The logits float32 [n, classes] of images float32 [n, 224, 224, 3], pixels minus their mean.
 
-    All is computed in the type of the parameters, but normalisations and logits in float32. `dropout`
-    is called with what a dense layer gives, and the layer's number.
+    All is computed in the type of the parameters, but the logits in float32. `dropout` is called with
+    what a dense layer gives, and the layer's number.
     """
     precision, weights = parameters[0].dtype, iter(parameters)
     x = tf.cast(images / PIXEL_STD, precision)
@@ -90,10 +90,6 @@ def forward(images, parameters, layers, dropout=lambda x, layer: x):
         if kind == "conv":
             _, stride, *flags = options
             x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
-            if "norm" in flags:  # paper, section 3.3, n = 5; the sum takes alpha, not alpha / n
-                x = tf.cast(x, tf.float32)
-                x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
-                x = tf.cast(x, precision)
             if "pool" in flags:  # overlapping: paper, section 3.4
                 x = tf.nn.max_pool2d(x, 3, 2, "VALID")
         else:

@@ -51,7 +51,7 @@ def _are_layers(value):
     except Exception:  # a table can be wrong in any way
         return False
     kinds = [kind for kind, *_ in value]
-    known = flags <= {"norm", "pool"} and {*kinds} <= {"conv", "dense"} and kinds[-1] == "dense"
+    known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"} and kinds[-1] == "dense"
     return known and all(whole(1).holds(size) for size in sizes)
 
 

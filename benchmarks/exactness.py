@@ -15,7 +15,7 @@ import numpy as np
 from measuring import NUM_CLASSES, open_session, plain_network, spread, take_turns
 
 import functions
-from alexnet import LAYERS, tf
+from alexnet import tf
 
 MINI_BATCH = 20
 
@@ -23,9 +23,9 @@ MINI_BATCH = 20
 def gradient_of(exact, images, y_true):
     """A function that computes a gradient, and returns the seconds that it took."""
     with tf.Graph().as_default():
-        network = plain_network(LAYERS, "float32", seeded=exact)
+        network = plain_network("float32", seeded=exact)
         fetched = [tf.gradients(network.loss, network.variables), network.loss]
-        session = open_session(network, LAYERS, threads=1)
+        session = open_session(network, threads=1)
     feed = {network.images: images, network.y_true: y_true}
     rng = np.random.default_rng(0)
 

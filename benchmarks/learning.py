@@ -140,9 +140,6 @@ def reference(args):
             kernel, stride, *flags = rest
             options = {"activation": "relu", "padding": "same", "kernel_regularizer": decay}
             network.append(keras.Conv2D(units, kernel, stride, **options))
-            if "norm" in flags:
-                norm = {"depth_radius": 2, "bias": 2.0, "alpha": 1e-4, "beta": 0.75}
-                network.append(keras.Lambda(tf.nn.local_response_normalization, arguments=norm))
             network += [keras.MaxPool2D(3, 2)] if "pool" in flags else []
         else:
             network += [keras.Flatten()] if network[-1].__class__ is keras.MaxPool2D else []

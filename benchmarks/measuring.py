@@ -190,13 +190,13 @@ def driver_network(**options):
 # ---- the network of the peers
 
 
-def initial_weights(layers, precision="float32"):
+def initial_weights(precision="float32"):
     """What all networks begin with, as the driver sends it to workers."""
     import alexnet
     import functions
 
     kind = alexnet.tf.as_dtype(precision).as_numpy_dtype
-    weights = alexnet.initial_weights(layers, NUM_CLASSES, "he", functions.generator(0))
+    weights = alexnet.initial_weights(alexnet.LAYERS, NUM_CLASSES, "he", functions.generator(0))
     return alexnet.as_bits([weight.astype(kind) for weight in weights])
 
 
@@ -204,7 +204,30 @@ def initial_weights(layers, precision="float32"):
 Network = namedtuple("Network", "images y_true seed variables loss")
 
 
-def plain_network(layers, precision, seeded=True):
+def forward(images, parameters, norm, dropout):
+    """alexnet.forward as a user would write it, with the paper's normalisations if `norm`."""
+    import alexnet
+    from alexnet import tf
+
+    precision, weights = parameters[0].dtype, iter(parameters)
+    x = tf.cast(images / alexnet.PIXEL_STD, precision)
+    for i, (kind, _, *options) in enumerate(alexnet.LAYERS):
+        if kind == "conv":
+            _, stride, *flags = options
+            x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
+            if norm and i < 2:  # paper, section 3.3, n = 5; the sum takes alpha, not alpha / n
+                x = tf.cast(x, tf.float32)
+                x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
+                x = tf.cast(x, precision)
+            if "pool" in flags:
+                x = tf.nn.max_pool2d(x, 3, 2, "VALID")
+        else:
+            x = tf.reshape(x, [-1, int(np.prod(x.shape[1:]))])
+            x = dropout(tf.nn.relu(tf.matmul(x, next(weights)) + next(weights)), i)
+    return tf.cast(tf.matmul(x, next(weights)), tf.float32) + tf.cast(next(weights), tf.float32)
+
+
+def plain_network(precision, norm=False, seeded=True):
     """A Network in the current graph, of float32 variables and products in a precision.
 
     Unless it is `seeded`, its dropout is TensorFlow's own, which counts session runs.
@@ -215,7 +238,7 @@ def plain_network(layers, precision, seeded=True):
     images = tf.placeholder(tf.float32, [None, 224, 224, 3])
     y_true = tf.placeholder(tf.float32, [None, NUM_CLASSES])
     seed = tf.placeholder_with_default(np.zeros(2, np.int64), [2])
-    shapes = alexnet.weight_shapes(layers, NUM_CLASSES)
+    shapes = alexnet.weight_shapes(alexnet.LAYERS, NUM_CLASSES)
     options = {"initializer": tf.zeros_initializer(), "use_resource": True}
     variables = [tf.get_variable(f"v{i}", shape, **options) for i, shape in enumerate(shapes)]
 
@@ -225,18 +248,18 @@ def plain_network(layers, precision, seeded=True):
         return tf.nn.dropout(x, rate=1 - KEEP_PROBABILITY)
 
     cast = [tf.cast(v, precision) for v in variables]
-    logits = alexnet.forward(images, cast, layers, dropout)
+    logits = forward(images, cast, norm, dropout)
     losses = tf.nn.softmax_cross_entropy_with_logits_v2(y_true, logits)
     return Network(images, y_true, seed, variables, tf.reduce_mean(losses))
 
 
-def open_session(network, layers, threads):
+def open_session(network, threads):
     """A session of so many threads on the current graph, with the initial weights loaded."""
     from alexnet import tf
 
     options = {"device_count": {"GPU": 0}, "inter_op_parallelism_threads": 1}
     session = tf.Session(config=tf.ConfigProto(intra_op_parallelism_threads=threads, **options))
     session.run(tf.global_variables_initializer())
-    for variable, weight in zip(network.variables, initial_weights(layers), strict=True):
+    for variable, weight in zip(network.variables, initial_weights(), strict=True):
         variable.load(weight, session)
     return session

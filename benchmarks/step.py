@@ -9,8 +9,9 @@ Ours is driver.py as it is shipped, with 2 workers of one CPU; the others are
     mirrored  tf.distribute.MultiWorkerMirroredStrategy, 2 processes of one thread
     ddp       PyTorch's DistributedDataParallel over gloo, 2 processes of one thread, channels_last
 
-The others have their input ready in memory; driver.py draws and crops its own. All run all the time and
-take turns, so that a change of the machine's speed affects all of them. One that waits uses no CPU.
+session, mirrored and ddp have the paper's normalisation, unless --no-norm is given; driver.py has none.
+The input of the others lies ready in memory; driver.py draws and crops its own. All run all the time
+and take turns, so that a change of the machine's speed affects all of them. One that waits uses no CPU.
 A turn is ten iterations, of which ours measures an accuracy in one.
 Prints medians and, in brackets, the least and the most. A ratio is the median of the ratios of
 neighbours. The last line has the median seconds of the phases of our iteration.
@@ -33,18 +34,11 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.0025, 0.9, 5e-4
 
 # What ours should reach, in images a second over the peer's, by (mini-batch, precision).
 TARGETS = {
-    (20, "float32"): {"session": 0.95, "mirrored": 1.6, "ddp": 1.25},
-    (20, "bfloat16"): {"session": 0.90, "mirrored": 2.1, "ddp": 1.4},
-    (128, "float32"): {"session": 0.97},
-    (128, "bfloat16"): {"session": 0.97},
+    (20, "float32"): {"session": 1.0, "mirrored": 2.0, "ddp": 1.8},
+    (20, "bfloat16"): {"session": 1.0, "mirrored": 2.6, "ddp": 2.5},
+    (128, "float32"): {"session": 1.05},
+    (128, "bfloat16"): {"session": 1.05},
 }
-
-
-def layers(norm):
-    """The network's table of layers, without the normalisations where `norm` is false."""
-    import alexnet
-
-    return tuple(tuple(option for option in row if norm or option != "norm") for row in alexnet.LAYERS)
 
 
 def make_batch(mini_batch):
@@ -66,7 +60,6 @@ def ours(pipe, rank, ports, mini_batch, precision, norm):
     import driver
 
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.PRECISION = WORKERS, mini_batch, precision
-    driver.LAYERS = layers(norm)
     iterations, count, due, start = [], None, WARM_UP, None
 
     def stand_still(phases):
@@ -92,13 +85,12 @@ def session(pipe, rank, ports, mini_batch, precision, norm):
     """One TensorFlow session: gradients, weight decay and momentum in one graph, nothing fetched."""
     import alexnet
 
-    table = layers(norm)
     with alexnet.tf.Graph().as_default():
-        network = measuring.plain_network(table, precision)
+        network = measuring.plain_network(precision, norm)
         optimizer = alexnet.tf.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
         pairs = optimizer.compute_gradients(network.loss, network.variables)
         train = optimizer.apply_gradients([(g + WEIGHT_DECAY * v, v) for g, v in pairs])
-        running = measuring.open_session(network, table, threads=WORKERS)
+        running = measuring.open_session(network, threads=WORKERS)
     images, y_true = make_batch(mini_batch * WORKERS)
     feed = {network.images: images, network.y_true: y_true}
     serve(pipe, lambda: running.run([train, network.loss], feed))
@@ -108,9 +100,8 @@ def apart(pipe, rank, ports, mini_batch, precision, norm):
     """A worker's network on its own: gradients of the same weights again and again, not fetched."""
     import alexnet
 
-    table = layers(norm)
-    network = alexnet.AlexNet(table, threads=1, precision=precision)
-    network.update_weights(initial_weights(table, precision))
+    network = alexnet.AlexNet(threads=1, precision=precision)
+    network.update_weights(initial_weights(precision))
     images, y_true = make_batch(mini_batch)
     feed = {network.images: images, network.y_true: y_true, network.keep: KEEP_PROBABILITY}
     gradients = [gradient.op for gradient, _ in network.compgrads]
@@ -124,17 +115,14 @@ def mirrored(pipe, rank, ports, mini_batch, precision, norm):
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
     import tensorflow as tf
 
-    import alexnet
-
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     options = {"auto_mixed_precision_onednn_bfloat16": precision == "bfloat16"}
     tf.config.optimizer.set_experimental_options(options)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    table = layers(norm)
     images, y_true = make_batch(mini_batch)
     with strategy.scope():
-        variables = [tf.Variable(weight) for weight in initial_weights(table)]
+        variables = [tf.Variable(weight) for weight in initial_weights()]
         optimizer = tf.compat.v1.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
 
     def dropout(x, layer):
@@ -142,7 +130,7 @@ def mirrored(pipe, rank, ports, mini_batch, precision, norm):
 
     def replica_step(images, y_true):
         with tf.GradientTape() as tape:
-            logits = alexnet.forward(images, variables, table, dropout)
+            logits = measuring.forward(images, variables, norm, dropout)
             losses = tf.nn.softmax_cross_entropy_with_logits(y_true, logits)
             loss = tf.reduce_mean(losses) / WORKERS
         gradients = tape.gradient(loss, variables)
@@ -164,18 +152,20 @@ def ddp(pipe, rank, ports, mini_batch, precision, norm):
     import torch
     from torch import nn
 
+    from alexnet import LAYERS
+
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     address = f"tcp://127.0.0.1:{ports[0]}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=WORKERS)
     # The same layers; "SAME" padding of 11x11/4 is one wider behind than before; alpha is of the sum.
     modules, channels, side = [nn.ZeroPad2d((3, 4, 3, 4))], 3, 224
-    for kind, units, *rest in layers(norm):
+    for i, (kind, units, *rest) in enumerate(LAYERS):
         if kind == "conv":
             kernel, stride, *flags = rest
             padding = 0 if stride > 1 else kernel // 2
             modules += [nn.Conv2d(channels, units, kernel, stride, padding), nn.ReLU(inplace=True)]
-            modules += [nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)] if "norm" in flags else []
+            modules += [nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)] if norm and i < 2 else []
             side //= stride
             if "pool" in flags:
                 modules.append(nn.MaxPool2d(3, 2))
@@ -219,7 +209,7 @@ def main():
     parser = argparse.ArgumentParser(description="Measure a training step beside other ways to do it.")
     parser.add_argument("--mini-batch", type=int, default=20, help="images of one worker's gradient")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--no-norm", action="store_true", help="without the paper's normalisation")
+    parser.add_argument("--no-norm", action="store_true", help="peers without the paper's")
     parser.add_argument("--peers", nargs="+", default=list(PEERS)[1:], choices=list(PEERS)[1:])
     parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
     parser.add_argument(
@@ -235,8 +225,9 @@ def main():
     ways = {name: partial(peer.seconds, args.steps) for name, peer in peers.items()}
     seconds = measuring.take_turns(ways, args.repeats, warm_up=0)
     phases = [peer.end() for peer in peers.values()][0]
-    norm = "without normalisation" if args.no_norm else "the paper's normalisation"
-    print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}, {norm}: images/s")
+    norm = "without" if args.no_norm else "with"
+    others = f"the others {norm} the paper's normalisation"
+    print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}, {others}: images/s")
     targets = TARGETS.get((args.mini_batch, args.precision), {})
     for name, taken in seconds.items():
         line = f"{name:10} {spread(WORKERS * args.mini_batch / np.array(taken), '.1f'):>24}"

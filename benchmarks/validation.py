@@ -30,7 +30,7 @@ GOAL = "<= 1.1"  # times the images over the forward rate
 def forward(pipe, rank, precision):
     """A process that runs as many forward passes as the pipe asks for."""
     network = alexnet.AlexNet(threads=1, precision=precision)
-    network.update_weights(initial_weights(alexnet.LAYERS, precision))
+    network.update_weights(initial_weights(precision))
     rng = np.random.default_rng(0)
     images = rng.normal(0, 58, (VALIDATION_STEP, 224, 224, 3)).astype(np.float32)
     y_true = functions.one_hot(rng.integers(0, NUM_CLASSES, VALIDATION_STEP), NUM_CLASSES)
@@ -46,7 +46,7 @@ def start_workers(precision):
     share = {"cpus": 1, "gpus": 0}
     pool = workers.Workers(WORKERS, share, network, precision, **run, can_grow=can_grow)
     pool.wait()
-    pool.update_weights(0, ray.put(initial_weights(alexnet.LAYERS, precision)))
+    pool.update_weights(0, ray.put(initial_weights(precision)))
     return pool
 
 

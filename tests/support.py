@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A network so thin that a step takes milliseconds; its layers are those of AlexNet.
 THIN = (
-    ("conv", 8, 11, 4, "norm", "pool"),
-    ("conv", 8, 5, 1, "norm", "pool"),
+    ("conv", 8, 11, 4, "pool"),
+    ("conv", 8, 5, 1, "pool"),
     ("conv", 8, 3, 1),
     ("conv", 8, 3, 1),
     ("conv", 8, 3, 1, "pool"),
