@@ -24,7 +24,7 @@ PIXEL_STD = 58.0  # about the standard deviation of ImageNet's pixels: inputs of
 
 # One row a layer (paper, section 3.4 and 3.5): ("conv", filters, kernel side, stride), which may have
 # "pool" behind it, or ("dense", units). The last dense layer, one unit a class, is added by AlexNet.
-# The paper's normalisation (section 3.3) is left out: it made no difference (benchmarks/README.md).
+# The paper's normalisation (section 3.3) is left out: top-1 is as good without (benchmarks/README.md).
 LAYERS = (
     ("conv", 96, 11, 4, "pool"),
     ("conv", 256, 5, 1, "pool"),

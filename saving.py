@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from decoding import one_line
 from imagenet import CROP_SIZE
 from places import S3Folder, checked_place, disk_errors, make_writable
 from s3 import InputError
+from watching import as_they_end
 
 
 @contextlib.contextmanager
@@ -122,7 +123,7 @@ class Checkpoints:
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
         self.lost_best = None  # those of a better one whose save has failed
-        self._writer, self._writing = futures.ThreadPoolExecutor(1), None
+        self._writer, self._writing = ThreadPoolExecutor(1), set()
         self._remote = S3Folder(place) if place and place.startswith("s3://") else None
         if place:
             with write_errors("--checkpoint-dir", place):
@@ -252,15 +253,13 @@ class Checkpoints:
                 return
         facts = facts | {"iteration": iteration, "best": best}
         network.snapshot()
-        self._writing = self._writer.submit(self._try, network, facts, mean)
+        self._writing = {self._writer.submit(self._try, network, facts, mean)}
         self._newest = iteration
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
-        if self._writing:
-            while futures.wait([self._writing], timeout=1).not_done:
-                pass  # a signal that comes just before a wait without an end is heard only after it
-            self._writing.result()
+        for writing in as_they_end(self._writing):
+            writing.result()
 
     def _try(self, network, facts, mean):
         iteration, best = facts["iteration"], facts["best"]

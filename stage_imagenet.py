@@ -24,7 +24,7 @@ import signal
 import sys
 import tarfile
 import threading
-from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import simplejpeg
@@ -36,6 +36,7 @@ from imagenet import MAX_NAMED
 from places import S3Folder
 from s3 import InputError
 from terminal import bar, say
+from watching import as_they_end
 
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
 JPEG_QUALITY = 90  # of resized images
@@ -131,23 +132,21 @@ def stage_tars(name, tars, folder, there, side):
     Returns the text of their label file, and what was left out. A progress bar on a terminal, plain
     lines elsewhere. Raises InputError.
     """
-    lines, others, count, uploaded, done, stop = set(), [], 0, 0, 0, threading.Event()
+    lines, others, count, uploaded, stop = set(), [], 0, 0, threading.Event()
     pool = ThreadPoolExecutor(max(TARS_AT_ONCE, os.cpu_count() if side else 0))
     progress = bar(total=len(tars), desc=f"Staging {name}", unit="tar")
     try:
-        jobs = {pool.submit(stage_tar, folder, there, *tar, side, stop) for tar in tars.items()}
-        while jobs:
-            # A signal that comes just before a wait without an end would be heard only after it.
-            ended, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
-            for job in ended:
-                new, listing = job.result()
-                done, uploaded, count = done + 1, uploaded + new, count + len(listing.images)
-                lines |= {label_line(image) for image in listing.images}
-                others += listing.others
-                progress.set_postfix(uploaded=uploaded, refresh=False)
-                progress.update()
-                if progress.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
-                    say(f"Staging {name}: {done} of {len(tars)} tars, {uploaded} uploaded")
+        # No variable has all jobs, so that the finished ones go, with their lists of images.
+        jobs = (pool.submit(stage_tar, folder, there, *tar, side, stop) for tar in tars.items())
+        for done, job in enumerate(as_they_end({*jobs}), 1):
+            new, listing = job.result()
+            uploaded, count = uploaded + new, count + len(listing.images)
+            lines |= {label_line(image) for image in listing.images}
+            others += listing.others
+            progress.set_postfix(uploaded=uploaded, refresh=False)
+            progress.update()
+            if progress.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
+                say(f"Staging {name}: {done} of {len(tars)} tars, {uploaded} uploaded")
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter, namedtuple
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import ray
@@ -51,6 +52,16 @@ def within(seconds, function):
     calling.start()
     calling.join(seconds)
     return answer
+
+
+def as_they_end(jobs):
+    """Yield each of a set of futures once it has ended.
+
+    A signal that comes just before a wait without an end, as in `as_completed`, is heard only after it.
+    """
+    while jobs:
+        ended, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
+        yield from ended
 
 
 def process_state(pid):

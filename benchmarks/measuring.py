@@ -204,6 +204,9 @@ def initial_weights(precision="float32"):
 Network = namedtuple("Network", "images y_true seed variables loss")
 
 
+NORMALISED = 0, 1  # the layers whose output the paper normalises (section 3.5)
+
+
 def forward(images, parameters, norm, dropout):
     """alexnet.forward as a user would write it, with the paper's normalisations if `norm`."""
     import alexnet
@@ -215,7 +218,7 @@ def forward(images, parameters, norm, dropout):
         if kind == "conv":
             _, stride, *flags = options
             x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
-            if norm and i < 2:  # paper, section 3.3, n = 5; the sum takes alpha, not alpha / n
+            if norm and i in NORMALISED:  # section 3.3, n = 5; the sum takes alpha, not alpha / n
                 x = tf.cast(x, tf.float32)
                 x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
                 x = tf.cast(x, precision)

@@ -165,7 +165,8 @@ def ddp(pipe, rank, ports, mini_batch, precision, norm):
             kernel, stride, *flags = rest
             padding = 0 if stride > 1 else kernel // 2
             modules += [nn.Conv2d(channels, units, kernel, stride, padding), nn.ReLU(inplace=True)]
-            modules += [nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)] if norm and i < 2 else []
+            if norm and i in measuring.NORMALISED:
+                modules.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2))
             side //= stride
             if "pool" in flags:
                 modules.append(nn.MaxPool2d(3, 2))
@@ -209,7 +210,7 @@ def main():
     parser = argparse.ArgumentParser(description="Measure a training step beside other ways to do it.")
     parser.add_argument("--mini-batch", type=int, default=20, help="images of one worker's gradient")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--no-norm", action="store_true", help="peers without the paper's")
+    parser.add_argument("--no-norm", action="store_true", help="peers without normalisation")
     parser.add_argument("--peers", nargs="+", default=list(PEERS)[1:], choices=list(PEERS)[1:])
     parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
     parser.add_argument(

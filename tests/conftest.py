@@ -8,7 +8,7 @@ import uuid
 
 # TensorFlow leaves Keras out then, and loading it takes a sixth less.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-# Ray keeps a cluster's address in it: tests do not see this machine's clusters, nor it theirs.
+# Ray writes down clusters here: tests do not see this machine's, and its other runs do not see theirs.
 RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
 import driver  # before Ray, to which it says what to leave out
