@@ -9,6 +9,7 @@ import pty
 import re
 import signal
 import struct
+import subprocess
 import sys
 import termios
 import threading
@@ -134,6 +135,21 @@ def test_a_bar_stays_below_whole_lines(one_ray, photos, tmp_path):
         done += re.findall(r"^Iteration (\d+): loss", line)
     assert done == [str(number) for number in range(len(done))]
     assert "Iteration 30 (epoch 1.2): validation" in "\n".join(lines)
+
+
+TWO_THREADS = """
+import sys, threading, terminal
+sys.setswitchinterval(1e-6)  # seconds that a thread goes on
+say = lambda line: [terminal.say(line) for _ in range(5000)]
+threads = [threading.Thread(target=say, args=[letter * 40]) for letter in "ab"]
+[thread.start() for thread in threads]
+"""
+
+
+def test_lines_of_several_threads_stay_whole():
+    command = [sys.executable, "-u", "-c", TWO_THREADS]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert sorted(out.splitlines()) == ["a" * 40] * 5000 + ["b" * 40] * 5000
 
 
 class Screen(io.StringIO):
