@@ -139,7 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
 def fault_proxy(endpoint):
     """Run a FaultProxy in front of an S3 endpoint."""
     with FaultProxy(endpoint) as proxy:
-        threading.Thread(target=proxy.serve_forever).start()
+        # It looks so often whether it shall end, in seconds.
+        threading.Thread(target=proxy.serve_forever, args=[0.02]).start()
         try:
             yield proxy
         finally:

@@ -100,7 +100,7 @@ def answering(status, code):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, args=[0.02]).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -467,7 +467,7 @@ def test_more_workers_than_a_growing_cluster_gets_room_for(thin, one_ray, small,
 def test_gpu_that_no_worker_can_use(thin, one_ray, small, capsys, monkeypatch):
     """The session's Ray counts GPUs that are none: computing on the CPU instead would take weeks."""
     monkeypatch.setattr(thin, "GPUS_PER_WORKER", 1)
-    monkeypatch.setattr(thin, "NUM_WORKERS", 2)
+    monkeypatch.setattr(thin, "NUM_WORKERS", 1)
     why = "TensorFlow sees 0 of 1 GPUs: it needs pip install tensorflow[and-cuda]"
     assert one_error(capsys, *small, "--iterations", 1, actor=functions.Worker).endswith(why)
 

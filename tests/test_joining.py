@@ -90,6 +90,8 @@ def test_sockets_whose_path_is_too_long(tmp_path):
 
 # ---- runs side by side, each on a Ray of its own
 
+TAR = "ILSVRC2012_img_train/n01500000.tar"
+
 FROM_A_NOTEBOOK = """
 import sys, threading
 import ray
@@ -99,7 +101,7 @@ import driver
 from tests import support
 driver.LAYERS, driver.NUM_CLASSES, driver.PRECISION = support.THIN, 10, "float32"
 driver.MINI_BATCH, driver.NUM_WORKERS = support.MINI_BATCH, 1
-flags = ["--s3-bucket", "photos", "--key-prefix", "ILSVRC2012_img_train/n0150000", "--iterations", "1"]
+flags = ["--s3-bucket", "photos", "--key-prefix", {tar!r}, "--iterations", "1"]
 thread = threading.Thread(target=lambda: print("status", driver.main(flags)))
 thread.start()
 thread.join()
@@ -111,7 +113,7 @@ import sys
 import driver, functions, imagenet
 functions.PATIENCE = imagenet.PATIENCE = 4
 driver.PRECISION = "float32"
-sys.exit(driver.main(["--s3-bucket", "photos"]))
+sys.exit(driver.main(["--s3-bucket", "photos", "--key-prefix", {tar!r}]))
 """
 
 
@@ -127,13 +129,13 @@ def test_runs_side_by_side_do_not_disturb_each_other(photos, tmp_path):
     ends every load task of one, and the head of the other is killed; Ray says nothing of either."""
     monitor = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     environment = os.environ | monitor | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
-    flags, saved = ["--export-dir", tmp_path / "network"], tmp_path / "saved"
+    flags, saved = ["--export-dir", tmp_path / "network", "--key-prefix", TAR], tmp_path / "saved"
     settings = ["PAUSES=[(3, 'compute')]", f"NOTES='{tmp_path}'"]
     for_ever = {"flags": flags, "iterations": 10**6}
     with train_elsewhere(photos, saved, "local", *settings, **for_ever) as run:
         with run.paused(3, "compute"):
-            notebook = start(FROM_A_NOTEBOOK.format(root=str(ROOT)), cwd=tmp_path)
-            short = start(MEMORY_IS_SHORT, env=environment)
+            notebook = start(FROM_A_NOTEBOOK.format(root=str(ROOT), tar=TAR), cwd=tmp_path)
+            short = start(MEMORY_IS_SHORT.format(tar=TAR), env=environment)
             [head] = [p for p in psutil.Process(run.pid).children(True) if p.name() == "gcs_server"]
             head.kill()
         out, error = notebook.communicate(timeout=200)

@@ -25,7 +25,6 @@ from tests.support import (
     thin_driver,
     titled,
     train_elsewhere,
-    train_here,
     wait_until,
 )
 
@@ -34,6 +33,7 @@ TIMEOUT = 8  # seconds without an answer after which what hangs is replaced
 
 # Ray carries what is smaller than 100 KB in its messages. Gradients of this network lie on nodes.
 WIDE = tuple(("dense", 128) if layer == ("dense", 32) else layer for layer in THIN)
+SETTINGS = [f"LAYERS={WIDE}", "STORED='jpeg'"]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def nodes(head):
 
 
 @pytest.fixture
-def six_undisturbed(thin, one_ray, photos, tmp_path, monkeypatch):
-    """Checksums of a run of six mini-batches an iteration, which two workers compute undisturbed.
+def six_undisturbed(thin, one_ray, photos, tmp_path):
+    """A run of six mini-batches an iteration, which two workers compute undisturbed, and its folder.
 
     It begins at a checkpoint of iteration 0, which says how many mini-batches there are.
     """
@@ -65,10 +65,8 @@ def six_undisturbed(thin, one_ray, photos, tmp_path, monkeypatch):
     folder = tmp_path / "undisturbed"
     folder.mkdir()
     save_start(folder, network, mini_batches=6)
-    monkeypatch.setattr(thin, "LAYERS", WIDE)
-    monkeypatch.setattr(thin, "STORED", "jpeg")
-    assert train_here(photos, folder, ITERATIONS) == 0
-    return checksums(folder)
+    with train_elsewhere(photos, folder, one_ray, *SETTINGS, iterations=ITERATIONS) as run:
+        yield run, folder
 
 
 @pytest.fixture
@@ -96,7 +94,7 @@ def use_memory_until(condition):
 
 
 @pytest.mark.timeout(700)
-def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path, without_tensorflow):
+def test_misfortunes_one_after_another(six_undisturbed, nodes, photos, tmp_path, without_tensorflow):
     """No worker is lost that only waits, as long as storage stands still: longer than computing may
     take."""
     deaths = [("Loading: 3 of 10",), ("Shuffle round 2",), (1, "compute")]
@@ -104,7 +102,7 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
         *((3, "broadcast"), (26, "broadcast"), (28, "compute"), (34, "apply"))
     ]
     pauses = [moment if len(moment) > 1 else moment[0] for moment in deaths + moments]
-    settings = [f"LAYERS={WIDE}", "STORED='jpeg'", f"WORKER_TIMEOUT={TIMEOUT}", f"PAUSES={pauses}"]
+    settings = [*SETTINGS, f"WORKER_TIMEOUT={TIMEOUT}", f"PAUSES={pauses}"]
     flags = ["--s3-bucket", photos, "--checkpoint-dir", tmp_path / "saved", "--iterations", ITERATIONS]
     with contextlib.ExitStack() as stack:
         proxy = stack.enter_context(fault_proxy(os.environ["AWS_ENDPOINT_URL"]))
@@ -150,9 +148,12 @@ def test_misfortunes_one_after_another(nodes, photos, six_undisturbed, tmp_path,
     assert out.count("no answer") == 1
     assert fingerprints(out) == [contents(photos, "jpeg")] * 2
     assert_clean(out)
-    assert checksums(tmp_path / "saved") == six_undisturbed
+    undisturbed, folder = six_undisturbed
+    assert undisturbed.wait() == 0, undisturbed.output()
+    assert checksums(tmp_path / "saved") == checksums(folder)
 
 
+UP = "Ray runtime started"  # says `ray start`
 can_mount = subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode == 0
 
 
@@ -165,14 +166,17 @@ def test_cpus_of_several_models_and_a_late_one_without_bfloat16(head, photos, tm
     settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]", f"NOTES='{tmp_path}'"]
     with (
         head.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
-        head.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
-        train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=20) as run,
+        head.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")) as quipu,
     ):
-        run.wait_for("Paused after apply of iteration 3")
-        with head.with_cpuinfo(2, cpu("Knots", "fpu")):
-            with run.paused(3, "apply"):
-                titled(abacus.pid, "ray::Worker")[0].kill()
-            assert run.wait() == 0
+        for node in abacus, quipu:
+            node.wait_for(UP)
+        with train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=20) as run:
+            run.wait_for("Paused after apply of iteration 3")
+            with head.with_cpuinfo(2, cpu("Knots", "fpu")) as late:
+                late.wait_for(UP)
+                with run.paused(3, "apply"):
+                    titled(abacus.pid, "ray::Worker")[0].kill()
+                assert run.wait() == 0
     out = run.output()
     for line in (
         r"CPUs of several models \(Abacus; Quipu\): two runs may differ in the last bits",

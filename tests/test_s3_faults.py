@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ PIECES = 3
 
 BEFORE_THE_BODY = ["500", "503", "silent", "drop"]
 IN_THE_BODY = ["reset", "cut", "stall"]
+FAULTS = BEFORE_THE_BODY + IN_THE_BODY
 
 HASTY = Config(read_timeout=2)  # seconds after which what stalls is given up
 
@@ -37,9 +39,9 @@ def put(s3, bucket, content=CONTENT, key="a.tar"):
     return s3.put_object(Bucket=bucket, Key=key, Body=content)["ETag"]
 
 
-def read_tar(bucket, etag, content=CONTENT, hasty=HASTY, **storm):
+def read_tar(bucket, etag, content=CONTENT, hasty=HASTY, key="a.tar", **storm):
     """All bytes of a tar, which were listed as `content`, read with less patience."""
-    tar, config = imagenet.Tar("a.tar", etag, len(content)), imagenet.PATIENT.merge(hasty)
+    tar, config = imagenet.Tar(key, etag, len(content)), imagenet.PATIENT.merge(hasty)
     opened = imagenet.S3Tar(bucket, tar, imagenet.s3_location(), config, **storm)
     with contextlib.closing(opened) as file:
         return file.read()
@@ -50,29 +52,40 @@ def download(bucket):
     return imagenet.download(bucket, "a.tar", imagenet.PATIENT.merge(HASTY))
 
 
+def each_fault(check):
+    """Check all faults at once, each with an object of its own: most of them only take time."""
+    with ThreadPoolExecutor(len(FAULTS)) as threads:
+        list(threads.map(check, FAULTS, [f"{fault}.tar" for fault in FAULTS]))
+
+
 # ---- faults that pass
 
 
-@pytest.mark.parametrize("fault", BEFORE_THE_BODY + IN_THE_BODY)
-def test_only_the_piece_that_failed_is_fetched_again(proxy, s3, bucket, fault):
-    etag = put(s3, bucket)
-    proxy.faults["GET", "a.tar"] = iter([None, fault])
-    assert read_tar(bucket, etag) == CONTENT
-    gets = [request for request in proxy.requests if request.method == "GET"]
-    [spoilt] = [request for request in gets if request.fault]
-    assert spoilt.fault == fault
-    fetches = Counter(request.range for request in gets)
-    assert len(fetches) == PIECES
-    assert fetches == Counter(dict.fromkeys(fetches, 1) | {spoilt.range: 2})
-    assert sum(request.sent for request in gets if not request.fault) == len(CONTENT)
+def test_only_the_piece_that_failed_is_fetched_again(proxy, s3, bucket):
+    def check(fault, key):
+        etag = put(s3, bucket, key=key)
+        proxy.faults["GET", key] = iter([None, fault])
+        assert read_tar(bucket, etag, key=key) == CONTENT
+        gets = [request for request in proxy.requests if (request.method, request.key) == ("GET", key)]
+        [spoilt] = [request for request in gets if request.fault]
+        assert spoilt.fault == fault
+        fetches = Counter(request.range for request in gets)
+        assert len(fetches) == PIECES
+        assert fetches == Counter(dict.fromkeys(fetches, 1) | {spoilt.range: 2})
+        assert sum(request.sent for request in gets if not request.fault) == len(CONTENT)
+
+    each_fault(check)
 
 
-@pytest.mark.parametrize("fault", BEFORE_THE_BODY + IN_THE_BODY)
-def test_the_first_request_is_retried(proxy, s3, bucket, fault):
-    etag = put(s3, bucket)
-    proxy.faults["GET", "a.tar"] = iter([fault])
-    assert read_tar(bucket, etag) == CONTENT
-    assert Counter(request.fault for request in proxy.requests) == {fault: 1, None: PIECES}
+def test_the_first_request_is_retried(proxy, s3, bucket):
+    def check(fault, key):
+        etag = put(s3, bucket, key=key)
+        proxy.faults["GET", key] = iter([fault])
+        assert read_tar(bucket, etag, key=key) == CONTENT
+        faults = [request.fault for request in proxy.requests if request.key == key]
+        assert Counter(faults) == {fault: 1, None: PIECES}
+
+    each_fault(check)
     assert {request.method for request in proxy.requests} == {"GET"}  # no HEAD before a GET
 
 
@@ -114,17 +127,22 @@ def test_the_estimate_is_made_in_any_case(proxy, s3, bucket, fault):
 # ---- faults that stay
 
 
-@pytest.mark.parametrize("fault", BEFORE_THE_BODY + IN_THE_BODY)
 @pytest.mark.parametrize("content", [CONTENT, CONTENT[:1000]], ids=["pieces", "one piece"])
-def test_unreadable_object_is_given_up(proxy, s3, bucket, fault, content):
+def test_unreadable_object_is_given_up(proxy, s3, bucket, content):
     hasty = Config(read_timeout=0.2, retries={"mode": "standard", "total_max_attempts": 2})
-    etag = put(s3, bucket, content)
-    proxy.faults["GET", "a.tar"] = itertools.repeat(fault)
-    with pytest.raises(imagenet.InputError) as caught:
-        read_tar(bucket, etag, content, hasty, storm=0)
-    assert str(caught.value).startswith(f"s3://{bucket}/a.tar: ") and str(caught.value).isprintable()
-    fetches = Counter(request.range for request in proxy.requests if request.method == "GET")
-    assert 2 <= max(fetches.values()) <= 2 * imagenet.ATTEMPTS
+
+    def check(fault, key):
+        etag = put(s3, bucket, content, key)
+        proxy.faults["GET", key] = itertools.repeat(fault)
+        with pytest.raises(imagenet.InputError) as caught:
+            read_tar(bucket, etag, content, hasty, key, storm=0)
+        line = str(caught.value)
+        assert line.startswith(f"s3://{bucket}/{key}: ") and line.isprintable()
+        gets = [request for request in proxy.requests if (request.method, request.key) == ("GET", key)]
+        fetches = Counter(request.range for request in gets)
+        assert 2 <= max(fetches.values()) <= 2 * imagenet.ATTEMPTS
+
+    each_fault(check)
 
 
 def test_a_stall_is_given_up_within_a_quarter_of_an_hour():
