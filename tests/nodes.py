@@ -53,13 +53,14 @@ class Nodes:
 
     @contextlib.contextmanager
     def with_cpuinfo(self, cpus, path):
-        """One more node for a while, whose processes read a file instead of /proc/cpuinfo: a Run."""
+        """One more node for a while, whose processes read a file instead of /proc/cpuinfo."""
         ray = Path(sys.executable).with_name("ray")
         options = f"--num-cpus={cpus} --object-store-memory={STORE['object_store_memory']} --block"
         start = f"mount --bind {path} /proc/cpuinfo && {ray} start --address={self.address} {options}"
         run = Run([*OWN_MOUNTS, "sh", "-c", start], os.environ)
         try:
-            yield run
+            run.wait_for("Ray runtime started", 60)  # two that start at once can time out
+            yield psutil.Process(run.pid)
         finally:
             kill(psutil.Process(run.pid))
             run.kill()

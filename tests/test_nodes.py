@@ -153,7 +153,6 @@ def test_misfortunes_one_after_another(six_undisturbed, nodes, photos, tmp_path,
     assert checksums(tmp_path / "saved") == checksums(folder)
 
 
-UP = "Ray runtime started"  # says `ray start`
 can_mount = subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode == 0
 
 
@@ -166,17 +165,14 @@ def test_cpus_of_several_models_and_a_late_one_without_bfloat16(head, photos, tm
     settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]", f"NOTES='{tmp_path}'"]
     with (
         head.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
-        head.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")) as quipu,
+        head.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
+        train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=20) as run,
     ):
-        for node in abacus, quipu:
-            node.wait_for(UP)
-        with train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=20) as run:
-            run.wait_for("Paused after apply of iteration 3")
-            with head.with_cpuinfo(2, cpu("Knots", "fpu")) as late:
-                late.wait_for(UP)
-                with run.paused(3, "apply"):
-                    titled(abacus.pid, "ray::Worker")[0].kill()
-                assert run.wait() == 0
+        run.wait_for("Paused after apply of iteration 3")
+        with head.with_cpuinfo(2, cpu("Knots", "fpu")):
+            with run.paused(3, "apply"):
+                titled(abacus.pid, "ray::Worker")[0].kill()
+            assert run.wait() == 0
     out = run.output()
     for line in (
         r"CPUs of several models \(Abacus; Quipu\): two runs may differ in the last bits",
