@@ -24,7 +24,7 @@ def say(line):
     above = Bar.external_write_mode(sys.stdout) if is_there() else contextlib.nullcontext()
     try:
         with above:
-            # Its end is in the same string, as another thread may print between two of them.
+            # The newline is part of the string: between two writes, another thread could print.
             print(line.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
 def fault_proxy(endpoint):
     """Run a FaultProxy in front of an S3 endpoint."""
     with FaultProxy(endpoint) as proxy:
-        # It looks so often whether it shall end, in seconds.
+        # Every 0.02 seconds it looks whether it shall end; by default, every 0.5.
         threading.Thread(target=proxy.serve_forever, args=[0.02]).start()
         try:
             yield proxy
