@@ -1,8 +1,11 @@
 """Ray clusters of several nodes on this machine, whose nodes die and are replaced."""
 
 import contextlib
+import itertools
 import os
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -31,13 +34,25 @@ class Nodes:
         look |= WARM
         head = {"num_cpus": head_cpus, "_system_config": look} | STORE | UNSEEN | options
         self.cluster, self.cpus = Cluster(initialize_head=True, head_node_args=head), cpus
+        self.cluster._shutdown_at_exit = False  # what the head does is enough: threads may not do it
         self.address, self.others = self.cluster.address, []
-        for _ in range(others):
-            self.add()
+        self.folder, self.numbers = tempfile.TemporaryDirectory(), itertools.count()
+        self.add_all([{}] * others)
+
+    def add_all(self, options):
+        """Start nodes at the same time, one for each dict of Ray's options."""
+        with ThreadPoolExecutor() as threads:
+            self.others += threads.map(self._start, options)
+
+    def _start(self, options):
+        # Nodes that start at the same time would take the same names for their sockets.
+        names = "raylet_socket_name", "plasma_store_socket_name"
+        sockets = {name: f"{self.folder.name}/{next(self.numbers)}" for name in names}
+        return self.cluster.add_node(num_cpus=self.cpus, **sockets, **STORE, **UNSEEN, **options)
 
     def add(self, **options):
         """Start another node; `options` are Ray's."""
-        self.others.append(self.cluster.add_node(num_cpus=self.cpus, **STORE, **UNSEEN, **options))
+        self.add_all([options])
         return self.others[-1]
 
     def kill(self, number=0):
@@ -52,22 +67,28 @@ class Nodes:
         return self.add(**options)
 
     @contextlib.contextmanager
-    def with_cpuinfo(self, cpus, path):
-        """One more node for a while, whose processes read a file instead of /proc/cpuinfo."""
-        ray = Path(sys.executable).with_name("ray")
-        options = f"--num-cpus={cpus} --object-store-memory={STORE['object_store_memory']} --block"
-        start = f"mount --bind {path} /proc/cpuinfo && {ray} start --address={self.address} {options}"
-        run = Run([*OWN_MOUNTS, "sh", "-c", start], os.environ)
+    def with_cpuinfo(self, cpus, *paths):
+        """More nodes for a while, whose processes read a file each instead of /proc/cpuinfo."""
+        ray, runs = Path(sys.executable).with_name("ray"), []
+        size = f"--num-cpus={cpus} --object-store-memory={STORE['object_store_memory']}"
+        for path in paths:
+            options = f"{size} --temp-dir={self.folder.name}/{next(self.numbers)} --block"
+            start = f"{ray} start --address={self.address} {options}"
+            mount = f"mount --bind {path} /proc/cpuinfo"
+            runs.append(Run([*OWN_MOUNTS, "sh", "-c", f"{mount} && {start}"], os.environ))
         try:
-            run.wait_for("Ray runtime started", 60)  # two that start at once can time out
-            yield psutil.Process(run.pid)
+            for run in runs:
+                run.wait_for("Ray runtime started", 60)
+            yield [psutil.Process(run.pid) for run in runs]
         finally:
-            kill(psutil.Process(run.pid))
-            run.kill()
+            for run in runs:
+                kill(psutil.Process(run.pid))
+                run.kill()
 
     def close(self):
         """End the cluster."""
         self.cluster.shutdown()
+        self.folder.cleanup()
 
 
 def raylet_of(node):

@@ -47,8 +47,7 @@ def head(s3):
 @pytest.fixture
 def nodes(head):
     """Three nodes of two CPUs beside the head."""
-    for _ in range(3):
-        head.add()
+    head.add_all([{}] * 3)
     yield head
     while head.others:
         head.kill()
@@ -114,10 +113,12 @@ def test_misfortunes_one_after_another(six_undisturbed, nodes, photos, tmp_path,
         with contextlib.ExitStack() as for_a_while:
             with run.paused(*still):
                 held = for_a_while.enter_context(proxy.held("GET"))
-                for options in {}, {}, without_tensorflow:  # all nodes at once, and all images
-                    left_alone = nodes.replace(**options).node_id
+                for _ in range(3):  # all nodes at once, and all images
+                    nodes.kill()
+                nodes.add_all([{}, {}, without_tensorflow])
             wait_until(held)  # images are read again
             time.sleep(TIMEOUT + 2)
+        left_alone = nodes.others[-1].node_id
         run.wait_for(f"node {left_alone[:8]} is left alone: workers failed there 3 times in a row")
         nodes.kill(-1)
         so_far, monitored = run.output(), nodes.add(**with_memory_monitor())
@@ -163,9 +164,9 @@ def test_cpus_of_several_models_and_a_late_one_without_bfloat16(head, photos, tm
         return tmp_path / model
 
     settings = ["PRECISION=None", "MINI_BATCH=2", "PAUSES=[(3, 'apply')]", f"NOTES='{tmp_path}'"]
+    known = cpu("Abacus", "fpu avx512_bf16"), cpu("Quipu", "fpu amx_bf16")
     with (
-        head.with_cpuinfo(1, cpu("Abacus", "fpu avx512_bf16")) as abacus,
-        head.with_cpuinfo(1, cpu("Quipu", "fpu amx_bf16")),
+        head.with_cpuinfo(1, *known) as (abacus, _),
         train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=20) as run,
     ):
         run.wait_for("Paused after apply of iteration 3")
