@@ -34,7 +34,8 @@ class Nodes:
         look |= WARM
         head = {"num_cpus": head_cpus, "_system_config": look} | STORE | UNSEEN | options
         self.cluster, self.cpus = Cluster(initialize_head=True, head_node_args=head), cpus
-        self.cluster._shutdown_at_exit = False  # what the head does is enough: threads may not do it
+        # Ray would handle signals for each node; a thread that starts one may not, and the head does.
+        self.cluster._shutdown_at_exit = False
         self.address, self.others = self.cluster.address, []
         self.folder, self.numbers = tempfile.TemporaryDirectory(), itertools.count()
         self.add_all([{}] * others)
