@@ -273,11 +273,11 @@ def peak_memory(tars):
     start = 0
     while not start:  # the worker may end before it is looked at
         start = measuring.private_memory(ray.get(idle.remote()))
-    tasks = data_tasks()
-    [tar] = imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks)
-    peak = start
-    while not ray.wait([tar.images], timeout=0.01, fetch_local=False)[0]:
-        peak = max(peak, *map(measuring.private_memory, measuring.ray_workers()))
+    with contextlib.closing(data_tasks()) as tasks:
+        [tar] = imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks)
+        peak = start
+        while not ray.wait([tar.images], timeout=0.01, fetch_local=False)[0]:
+            peak = max(peak, *map(measuring.private_memory, measuring.ray_workers()))
     ray.shutdown()
     return peak - start
 
@@ -327,11 +327,10 @@ def main():
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
         joining.connect(num_cpus=CPUS, _system_config=warm)
-        tasks = data_tasks()
-        report(*speeds(tars, tasks, copies * len(photos), args.repeats))
-        report(overhead(tars, tasks, photos, args.repeats))
-        report(*resized(s3, tasks, photos, args.repeats))
-        del tasks
+        with contextlib.closing(data_tasks()) as tasks:
+            report(*speeds(tars, tasks, copies * len(photos), args.repeats))
+            report(overhead(tars, tasks, photos, args.repeats))
+            report(*resized(s3, tasks, photos, args.repeats))
         ray.shutdown()
         report(quality(photos))
         report(memory(s3, photos, args.repeats))
