@@ -62,9 +62,10 @@ def room_for_workers(cpus, gpus):
 
 
 def fastest_precision(cpus, gpus):
-    """The precision in which workers of so many CPUs and GPUs are fastest, "bfloat16" or "float32".
+    """The precision for workers of so many CPUs and GPUs, "bfloat16" or "float32".
 
-    bfloat16 where the CPU of every node that has room for a worker multiplies in it; on GPUs, float32.
+    bfloat16, which is faster on most CPUs, where the CPU of every node that has room for a worker
+    multiplies in it; on GPUs, float32.
     """
     if gpus:
         return "float32"

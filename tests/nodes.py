@@ -69,7 +69,10 @@ class Nodes:
 
     @contextlib.contextmanager
     def with_cpuinfo(self, cpus, *paths):
-        """More nodes for a while, whose processes read a file each instead of /proc/cpuinfo."""
+        """One more node for each file, for a while; its processes read that instead of /proc/cpuinfo.
+
+        Yields the first process of each node.
+        """
         ray, runs = Path(sys.executable).with_name("ray"), []
         size = f"--num-cpus={cpus} --object-store-memory={STORE['object_store_memory']}"
         for path in paths:
