@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import watching
 from adding import leaves, share_out
-from functions import CPU_SLICE, TASK_MEMORY, Helper, multiplies_bfloat16, random_batches
+from functions import CPU_SLICE, TASK_MEMORY, Helper, is_fast_in_bfloat16, random_batches
 from imagenet import PATIENCE
 from joining import CONNECT, ClusterError, carried
 
@@ -64,15 +64,14 @@ def room_for_workers(cpus, gpus):
 def fastest_precision(cpus, gpus):
     """The precision for workers of so many CPUs and GPUs, "bfloat16" or "float32".
 
-    bfloat16, which is faster on most CPUs, where the CPU of every node that has room for a worker
-    multiplies in it; on GPUs, float32.
+    bfloat16 where the CPU of every node that has room for a worker is faster in it; on GPUs, float32.
     """
     if gpus:
         return "float32"
     nodes = [node for node, number in room_for_workers(cpus, gpus).items() if number]
     with ThreadPoolExecutor(64) as threads:
-        can = list(threads.map(lambda node: ask(node, multiplies_bfloat16), nodes))
-    return "bfloat16" if any(can) and False not in can else "float32"  # None: the node is gone
+        fast = list(threads.map(lambda node: ask(node, is_fast_in_bfloat16), nodes))
+    return "bfloat16" if any(fast) and False not in fast else "float32"  # None: the node is gone
 
 
 def room_for_images(mini_batches, one_set, batch):

@@ -54,18 +54,32 @@ def generator(*key):
 
 def cpu_model():
     """The model of the CPU of the node that this runs on: on another one, the last bits may differ."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    names = ("model name", "cpu family", "model")
+    text, names = cpuinfo(), ("model name", "cpu family", "model")
     fields = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in names]
     return " / ".join(field[1] for field in fields if field) or platform.processor()
 
 
 def multiplies_bfloat16():
     """Whether the CPU of the node that this runs on has instructions that multiply bfloat16."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    words = cpuinfo().split()
+    return "avx512_bf16" in words or "amx_bf16" in words
+
+
+def is_fast_in_bfloat16():
+    """Whether the CPU of the node that this runs on multiplies bfloat16 faster than float32.
+
+    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 does half as
+    much a second there as float32 (benchmarks/README.md).
+    """
+    words = set(cpuinfo().split())
+    made_for_amx = {"GenuineIntel", "avx512_fp16"} <= words
+    return "amx_bf16" in words or ("avx512_bf16" in words and not made_for_amx)
+
+
+def cpuinfo():
+    """What Linux says of the CPUs of the node that this runs on; other systems say nothing."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def wait_for(refs, say, what):

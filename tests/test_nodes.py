@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -155,9 +156,38 @@ def test_misfortunes_one_after_another(six_undisturbed, nodes, photos, tmp_path,
 
 
 can_mount = subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode == 0
+no_mounts = "this user may not mount a file for some processes"
+may_mount = pytest.mark.skipif(not can_mount, reason=no_mounts)
+
+# Says for each line of its input whether a CPU is fast in bfloat16 if /proc/cpuinfo is that line.
+ASKED = """
+import pathlib, subprocess, sys
+import functions
+file = pathlib.Path(sys.argv[1])
+file.touch()
+subprocess.run(["mount", "--bind", file, "/proc/cpuinfo"], check=True)
+for line in sys.stdin:
+    file.write_text(line)
+    print(functions.is_fast_in_bfloat16())
+"""
 
 
-@pytest.mark.skipif(not can_mount, reason="this user may not mount a file for some processes")
+@may_mount
+def test_a_cpu_that_hides_amx_is_not_fast_in_bfloat16(tmp_path):
+    cpus = {
+        "AuthenticAMD fpu avx512_bf16": True,  # EPYC, of the fourth generation and the fifth
+        "AuthenticAMD fpu avx512_bf16 avx512_fp16": True,
+        "GenuineIntel fpu avx512_bf16": True,  # Cooper Lake
+        "GenuineIntel fpu avx512_bf16 avx512_fp16 amx_bf16": True,  # Sapphire Rapids
+        "GenuineIntel fpu avx512_bf16 avx512_fp16": False,  # the same behind a hypervisor
+        "GenuineIntel fpu avx512f": False,
+    }
+    command = [*OWN_MOUNTS, sys.executable, "-c", ASKED, tmp_path / "cpuinfo"]
+    said = subprocess.run(command, input="\n".join(cpus), capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str(fast) for fast in cpus.values()]
+
+
+@may_mount
 def test_cpus_of_several_models_and_a_late_one_without_bfloat16(head, photos, tmp_path):
     def cpu(model, flags):
         (tmp_path / model).write_text(f"model name : {model}\nflags : {flags}\n")

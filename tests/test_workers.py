@@ -22,8 +22,8 @@ NETWORK = {"layers": THIN, "num_classes": 10}
 # ---- room
 
 
-def test_precision_is_bfloat16_where_every_cpu_multiplies_it(one_ray):
-    fast = "bfloat16" if functions.multiplies_bfloat16() else "float32"
+def test_precision_is_bfloat16_where_every_cpu_is_faster_in_it(one_ray):
+    fast = "bfloat16" if functions.is_fast_in_bfloat16() else "float32"
     assert cluster.fastest_precision(1, 0) == fast
     assert cluster.fastest_precision(1, 1) == "float32"
 
