@@ -68,8 +68,8 @@ def multiplies_bfloat16():
 def is_fast_in_bfloat16():
     """Whether the CPU of the node that this runs on multiplies bfloat16 faster than float32.
 
-    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 does half as
-    much a second there as float32 (benchmarks/README.md).
+    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 did half as
+    much a second as float32 on the one that was measured (benchmarks/README.md).
     """
     words = set(cpuinfo().split())
     made_for_amx = {"GenuineIntel", "avx512_fp16"} <= words

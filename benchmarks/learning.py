@@ -182,12 +182,9 @@ def reference(args):
         print(f"reference: {seen} images, loss = {loss:.3f}, top-1 = {top1:.1%}", flush=True)
 
     for iteration in range(args.images // batch):
-        if args.replacement:
-            chosen = rng.integers(0, len(images), batch)
-        else:
-            if len(order) < batch:
-                order = [*order, *rng.permutation(len(images))]
-            chosen, order = order[:batch], order[batch:]
+        if len(order) < batch:
+            order = [*order, *rng.permutation(len(images))]
+        chosen, order = order[:batch], order[batch:]
         crops = rng.integers(0, [33, 33, 2], (batch, 3))
         minibatch = functions.crop_images(images, labels, chosen, crops)
         optimizer.learning_rate.assign(rule.rate(iteration))
@@ -306,7 +303,6 @@ def main():
     add("--warm-up", type=int, help="images")
     add("--initial-weights", type=float, help="a standard deviation, as the write-up's 0.1")
     add("--drops", type=int, nargs="*", default=[], help="images after which the rate is divided by 10")
-    add("--replacement", action="store_true", help="Keras draws each image anew, as driver.py does")
     add("--validate-every", type=int, default=5000, help="images")
     add("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     add("--name", default="", help="added to the names of the files")
