@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import ray
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _initialize_internal_kv
 
 from tests.support import WARM, Run, titled, wait_until
 
@@ -90,8 +92,10 @@ class Nodes:
                 run.kill()
 
     def close(self):
-        """End the cluster."""
+        """End the cluster, and let a Ray of this process find its own head again."""
         self.cluster.shutdown()
+        if ray.is_initialized():  # Cluster has put its head in the other one's place, and none now
+            _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
         self.folder.cleanup()
 
 
