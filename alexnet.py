@@ -160,7 +160,7 @@ class Momentum:
 
         A step of SGD is linear in the gradient. A rule that is not must shorten the gradient itself.
         """
-        return rate * self.clip_norm / max(norm, self.clip_norm)
+        return rate * self.clip_norm / norm if norm > self.clip_norm else rate
 
     def build(self, parameters, gradients, rate):
         """The operation that applies gradients to parameters, and the variables that it keeps."""

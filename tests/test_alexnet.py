@@ -136,6 +136,7 @@ def test_kernels_decay_and_biases_do_not():
 def test_only_a_longer_gradient_is_shortened():
     rule = alexnet.Momentum(None, 0.9, 0.0, 10.0)
     assert [rule.clipped(0.5, norm) for norm in (0.0, 9.0, 10.0, 40.0)] == [0.5, 0.5, 0.5, 0.125]
+    assert alexnet.Momentum(None, 0.9, 0.0, np.inf).clipped(0.5, 1e30) == 0.5
 
 
 def test_apply_is_sgd_with_momentum():
