@@ -51,7 +51,8 @@ def _are_layers(value):
     except Exception:  # a table can be wrong in any way
         return False
     kinds = [kind for kind, *_ in value]
-    known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"} and kinds[-1] == "dense"
+    known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"}
+    known = known and kinds[-1:] == ["dense"] and kinds == sorted(kinds)
     return known and all(whole(1).holds(size) for size in sizes)
 
 

@@ -492,6 +492,14 @@ CONSTANTS = {
 }
 
 
+@pytest.mark.parametrize("layers", [(), (("conv", 8, 11, 4), ("dense", 8)) * 2])
+def test_layers_without_a_dense_one_last_or_with_one_between(layers):
+    values = {name: value for name, value in vars(driver).items() if name.isupper()}
+    with pytest.raises(InputError) as caught:
+        constants.check(values | {"LAYERS": layers})
+    assert str(caught.value).endswith(CONSTANTS["LAYERS"][1])
+
+
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constant_that_makes_no_sense(capsys, monkeypatch, name):
     """Told before Ray starts, and so at once."""
