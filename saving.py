@@ -343,11 +343,13 @@ class SavedModel:
         if self._remote:  # other files may be there; variables/ without a model is a cut-off export
             return False
         killed = list(self._folder.glob(f"{SCRATCH}*"))  # an export that was
-        for scratch in killed:
-            shutil.rmtree(scratch, ignore_errors=True)
         known = {"lost+found"} | ({"variables", "fingerprint.pb"} if killed else set())
         names = {path.name for path in self._folder.iterdir() if not path.name.startswith(".")}
-        return not names <= known
+        if not names <= known:
+            return True
+        for scratch in killed:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return False
 
     def write(self, network, mean):
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].

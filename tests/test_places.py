@@ -191,8 +191,14 @@ def test_an_export_into_a_folder_that_cannot_be_replaced(network, tmp_path):
 def test_an_export_that_was_killed_is_made_anew(network, tmp_path):
     (tmp_path / "x" / ".export-1").mkdir(parents=True)
     (tmp_path / "x" / "variables").mkdir()
+    (tmp_path / "x" / "notes.txt").touch()
+    with pytest.raises(InputError):
+        saving.SavedModel(str(tmp_path / "x"))
+    assert (tmp_path / "x" / ".export-1").exists()  # a folder that is refused stays as it is
+    (tmp_path / "x" / "notes.txt").unlink()
     saving.SavedModel(str(tmp_path / "x")).write(network, MEAN)
     assert (tmp_path / "x" / "saved_model.pb").exists()
+    assert not (tmp_path / "x" / ".export-1").exists()
 
 
 def test_an_export_on_a_full_disk_says_why_and_leaves_the_old_one(network, tmp_path):
