@@ -243,7 +243,7 @@ def decode_image(data, size):
 def small_jpeg(data, size):
     """One encoded image as the bytes of a JPEG of this size: as they are, if they are one already.
 
-    Raises ImageError.
+    simplejpeg, unlike Pillow, lets other threads run. Raises ImageError.
     """
     pixels, as_they_are = _decode(data, size)
     return data if as_they_are else simplejpeg.encode_jpeg(pixels, QUALITY, "RGB", "420")

@@ -27,8 +27,6 @@ import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
-import simplejpeg
-
 import decoding
 from decoding import one_line
 from ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
@@ -39,12 +37,11 @@ from terminal import bar, say
 from watching import as_they_end
 
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
-JPEG_QUALITY = 90  # of resized images
 
 
 def new_fingerprint(side):
     """A SHA-256 to feed with images; the way they are going to be encoded is part of it."""
-    return hashlib.sha256(f"{side and (side, JPEG_QUALITY)}".encode())
+    return hashlib.sha256(f"{side and (side, decoding.QUALITY)}".encode())
 
 
 def read_images(images, stop, sha):
@@ -82,13 +79,12 @@ def tar_bytes(images, side, stop, fingerprint):
 def resize(data, side):
     """An encoded image as a JPEG of `side` x `side` pixels. It stays as it is if it can't be decoded.
 
-    The driver leaves such an image out and says so. simplejpeg, unlike Pillow, lets other threads run.
+    The driver leaves such an image out and says so.
     """
     try:
-        pixels = decoding.decode_image(data, (side, side))
+        return decoding.small_jpeg(data, (side, side))
     except decoding.ImageError:
         return data
-    return simplejpeg.encode_jpeg(pixels, JPEG_QUALITY, colorsubsampling="420")
 
 
 class Stream:

@@ -475,6 +475,8 @@ def test_resize(s3, bucket, proxy, folder, train):
     odd.write_bytes(JPEG_START + b"no image")
     cmyk = Image.new("CMYK", (300, 200), (0, 200, 200, 0))
     (odd.parent / "n01443537_cmyk.JPEG").write_bytes(encode(cmyk, "JPEG"))
+    small = odd.with_name("n01443537_small.JPEG")
+    small.write_bytes(encode(Image.new("RGB", (256, 256), (0, 90, 200)), "JPEG"))
     assert run(folder, f"s3://{bucket}", "--resize", 256) == 0
     put = objects(s3, bucket)
     for wnid, files in train.items():
@@ -486,6 +488,7 @@ def test_resize(s3, bucket, proxy, folder, train):
             assert np.abs(was - now).mean() < 12, "another picture"
     resized = tar_members(put[f"{TRAIN}/n01443537.tar"])
     assert resized[odd.name] == odd.read_bytes()  # the driver reports it
+    assert resized[small.name] == small.read_bytes()
     with Image.open(io.BytesIO(resized["n01443537_cmyk.JPEG"])) as image:
         assert (image.mode, image.size) == ("RGB", (256, 256))
     assert f"n01443537/{odd.name} 1".encode() in put["train.txt"].splitlines()
