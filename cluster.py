@@ -133,7 +133,8 @@ class DataTasks:
             thread.start()
         nodes = [node["Resources"] for node in nodes_alive()]
         sizes = [(n["memory"], n["CPU"]) for n in nodes if n.get("CPU") and n.get("memory")]
-        share, largest = (min(m / c / 2 for m, c in sizes), max(sizes)[0]) if sizes else (0, 0)
+        sizes = sizes or [(2 * TASK_MEMORY, 1)]  # no such node is there yet
+        share, largest = min(m / c / 2 for m, c in sizes), max(sizes)[0]
         limits = {"num_cpus": CPU_SLICE, "memory": int(min(max(TASK_MEMORY, share), largest))}
         self._task = ray.remote(max_retries=-1, **limits | carried() | options)(watching.watched)
 
@@ -198,7 +199,7 @@ class Room:
         self._resources, self._here, self._say = resources, here, say
         self._limits = {}  # node -> how many workers it can hold in fact
         self._failures, self._next_try = Counter(), {}  # node -> failures in a row; a moment
-        self.why = ""  # the last worker has failed
+        self.why = ""  # why the last worker that failed has failed
 
     def nodes(self):
         """How many workers each node can hold: a dict of node id -> number."""

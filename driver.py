@@ -121,7 +121,7 @@ def train(args, start, stop, report, outcome, tasks, actor, can_grow):
     if start.iteration:
         say(f"Resumed from {args.checkpoint_dir} at iteration {start.iteration}")
     elif can_grow and not NUM_WORKERS:
-        say("That stays so, however the cluster grows: NUM_WORKERS in driver.py waits for more workers")
+        say("The number of mini-batches stays so. To wait for more workers, set NUM_WORKERS")
     start.must_match(machine := pool.machine(), [], say)
     run = edited | {"STORED": repr(stored)} | source | machine
     facts = {"mini_batches": mini_batches, "precision": precision, "stored": stored, "run": run}

@@ -20,7 +20,7 @@ from joining import ClusterError, carried
 from s3 import InputError
 from watching import waits
 
-SLICES_LEFT_FREE = 2  # of the CPUs that a worker uses, for data tasks and a helper beside it
+SLICES_LEFT_FREE = 2  # of the CPUs that a worker uses, for data tasks beside it
 SIGNALS = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
 MOMENT = 0.001  # seconds in which answers are taken together
 VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
@@ -163,9 +163,9 @@ class Workers:
                 raise ClusterError(f"{where}no worker is left, and none could start: {why}")
 
     def wait(self):
-        """Wait until all workers are up; go on with fewer if some cannot start.
+        """Wait until all workers are up; go on with fewer if some cannot start or find no room.
 
-        ClusterError if the cluster has no room for all of them by then.
+        ClusterError if none is up by then.
         """
         deadline, announced = time.monotonic() + self._patience, False
         while len(self._up) < self.count:
@@ -173,15 +173,17 @@ class Workers:
             shortage, late = self._shortage(), time.monotonic() > deadline
             if len(self._up) == self.count:
                 break
-            if shortage and late:
+            if shortage and late and not self._up:
                 raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
             if shortage and not announced:
                 self._report.say(f"{shortage}: waiting up to {self._patience} s for more nodes")
+                if self._can_grow:
+                    self._ask_for_nodes()
                 announced = True
-            if not shortage and (late or (self._room.why and not self._starting and self._up)):
+            if late or (not shortage and self._room.why and not self._starting and self._up):
                 self._wait_for_one()
                 up = f"{len(self._up)} of {self.count} workers are up"
-                why = self._room.why or f"the others need more than {self._patience} s"
+                why = shortage or self._room.why or f"the others need more than {self._patience} s"
                 self._report.say(f"only {up}: the run goes on with them ({why})")
                 break
             if self._room.given_up():
@@ -279,8 +281,8 @@ class Workers:
         for index, result in enumerate(self._results):
             if not finite[index]:
                 where = f"iteration {self._weights[0]}: the {what} of mini-batch {index}"
-                why = f"is not finite, on worker {result.worker}: lower LEARNING_RATE"
-                raise ClusterError(f"{where} {why}")
+                hint = "lower LEARNING_RATE, and remove this iteration's checkpoint"
+                raise ClusterError(f"{where} is not finite, on worker {result.worker}: {hint}")
 
     def _run(self, requests):
         """Share out requests, each to the first free worker; a list of a Result for each.

@@ -140,7 +140,7 @@ def test_misfortunes_one_after_another(six_undisturbed, nodes, photos, tmp_path,
     out = run.output()
     for line in (
         "6 workers; an iteration is 6 mini-batches of 5 images, in float32, an epoch is 4 iterations",
-        "That stays so, however the cluster grows: NUM_WORKERS in driver.py waits for more workers",
+        "The number of mini-batches stays so. To wait for more workers, set NUM_WORKERS",
         r"gradients are lost \(.*\): they are computed again",
         r"node \w{8} is lost with 2 workers: \d of 6 go on",
         rf"worker \d is lost \(no answer in {TIMEOUT} s\): \d of 6 go on",

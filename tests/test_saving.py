@@ -256,7 +256,7 @@ def test_run_that_an_error_ends_leaves_its_last_whole_step(
     out, err = capsys.readouterr()
     assert re.fullmatch(
         r"error: iteration \d: the (loss|gradient) of mini-batch \d is not finite, on worker \d: "
-        r"lower LEARNING_RATE\n",
+        r"lower LEARNING_RATE, and remove this iteration's checkpoint\n",
         err,
     )
     steps = len(re.findall("^Iteration .: loss", out, re.M))
