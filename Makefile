@@ -10,7 +10,7 @@ demo: .venv
 test: .venv lint
 	$(BIN)/python -m pytest
 
-# Five minutes of misfortunes, the same ones each time.
+# Five minutes of misfortunes, in an order that a seed decides.
 soak: .venv
 	$(BIN)/python benchmarks/soak.py --minutes 5 --seed 0
 

@@ -95,14 +95,13 @@ def wait_for(refs, say, what):
     return refs
 
 
-# Where an actor is: the ids of its node and its process, the CPU's model, has it bfloat16 instructions.
-Place = namedtuple("Place", "node pid cpu bfloat16")
+# Where an actor is: its process, the model of its CPU, and whether that has instructions for bfloat16.
+Place = namedtuple("Place", "pid cpu bfloat16")
 
 
 def place():
     """The Place of the actor that calls this."""
-    node = ray.get_runtime_context().get_node_id()
-    return Place(node, os.getpid(), cpu_model(), multiplies_bfloat16())
+    return Place(os.getpid(), cpu_model(), multiplies_bfloat16())
 
 
 # ---- labels

@@ -26,7 +26,7 @@ MAX_ENDED = 5  # processes that a data task may end before it is given up, also 
 
 @contextlib.contextmanager
 def silent_stderr():
-    """Close file descriptor 2 for a while, to which C++ libraries write at any log level."""
+    """Drop for a while what comes to file descriptor 2: C++ libraries write there at any log level."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
