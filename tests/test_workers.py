@@ -143,12 +143,12 @@ def test_workers_do_not_outlive_a_run(one_ray):
 
 def test_a_run_begins_with_the_workers_that_find_room(one_ray, tmp_path, capsys):
     """A cluster that grows may not get all nodes, and a node can be lost while images are loaded."""
-    common = {"cpus": 1, "gpus": 0}, NETWORK, "float32", cluster.Helpers(), (100, 8), results.Report()
+    common = {"cpus": 1, "gpus": 0}, NETWORK, "float32", cluster.Helpers(), (100, 15), results.Report()
     pool = workers.Workers(3, *common, can_grow=True, actor=noting_worker(tmp_path))
     pool.wait()
     lack = "3 workers of 1 CPUs and 0 GPUs each were asked for, the cluster has room for 2"
     assert capsys.readouterr().out.splitlines() == [
-        f"{lack}: waiting up to 8 s for more nodes",
+        f"{lack}: waiting up to 15 s for more nodes",
         f"only 2 of 3 workers are up: the run goes on with them ({lack})",
     ]
 
