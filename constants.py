@@ -52,8 +52,8 @@ def _are_layers(value):
         return False
     kinds = [kind for kind, *_ in value]
     known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"}
-    known = known and kinds[-1:] == ["dense"] and kinds == sorted(kinds)
-    return known and all(whole(1).holds(size) for size in sizes)
+    dense_last = kinds[-1:] == ["dense"] and kinds == sorted(kinds)
+    return known and dense_last and all(whole(1).holds(size) for size in sizes)
 
 
 POSITIVE = number(0, but=0)

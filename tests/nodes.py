@@ -94,7 +94,7 @@ class Nodes:
     def close(self):
         """End the cluster, and let a Ray of this process find its own head again."""
         self.cluster.shutdown()
-        if ray.is_initialized():  # Cluster has put its head in the other one's place, and none now
+        if ray.is_initialized():  # this process has kept one head, that of the cluster, and now none
             _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
         self.folder.cleanup()
 
