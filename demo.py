@@ -12,9 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from tests.support import fill_bucket, s3_client, s3_server
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 

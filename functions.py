@@ -1,46 +1,45 @@
-"""What runs remotely: tasks on batches of images, the helper of a node, and the worker.
+"""What runs remotely, and what asks for it: labels, shuffle, mean image, mini-batches, the workers.
 
 Everything random is drawn from a seed that is an argument: a task that runs again, to rebuild a lost
 object, makes the same object.
 """
 
 import hashlib
+import logging
 import math
-import os
-import platform
-import re
 import zlib
 from collections import namedtuple
-from pathlib import Path
+
+import imagenet
+from imagenet import SEVERAL
+from machinery.cluster import tasks
+from machinery.cluster.adding import aligned_empty, sum_of_sets
+from machinery.cluster.helpers import Drawn
+from machinery.cluster.nodes import ACTOR, Actor, place
+from machinery.cluster.pool import Request
+from machinery.errors import InputError, one_line
+from machinery.storage.images import CROP_SIZE, gathered
 
 import cv2
 import numpy as np
 import ray
 
-from adding import sum_of_sets
-from decoding import gathered, one_line
-from imagenet import CROP_SIZE, PATIENCE, SEVERAL, report_loading
-from s3 import InputError
-from watching import Wait
+say = logging.getLogger("driver").info
 
-# An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
-# for one slice, so that data tasks always find room beside workers: to rebuild a lost block, too.
-CPU_SLICE = 0.05
-
-TASK_MEMORY = 10**9  # bytes of a data task: two batches of decoding.PART.images as pixels, and Python
+VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
 
 VALIDATION_STEP = 50  # images of a validation request that go through the network at once
 
 NO_LABEL = -1
 
 
-# References to `count` images, uint8 [n, 256, 256, 3] or decoding.Jpegs of them, and to their labels
+# References to `count` images, uint8 [n, 256, 256, 3] or images.Jpegs of them, and to their labels
 # int32 [n].
 Batch = namedtuple("Batch", "images labels count")
 
-# A data set that is being loaded, from the tars below a prefix and a label file in a bucket: an
-# imagenet.Loaded for each tar, the reference of a LabelTable, fingerprints of all tars and labels.
-DataSet = namedtuple("DataSet", "bucket prefix label_file loaded imagepairs source")
+# A data set that is being loaded, from the tars below a prefix and a label file in a source: the tars,
+# an imagenet.Loaded for each, the reference of a LabelTable, fingerprints of all tars and labels.
+DataSet = namedtuple("DataSet", "source prefix label_file tars loaded imagepairs fingerprints")
 
 # Crops of images uint8 [n, 224, 224, 3], labels int32 [n], and where each crop lies in its image: int
 # [n, 3] of (top, left, mirrored).
@@ -50,58 +49,6 @@ MiniBatch = namedtuple("MiniBatch", "pixels labels crops")
 def generator(*key):
     """NumPy's generator for a key of integers and words, such as (seed, "crop", iteration, index)."""
     return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
-
-
-def cpu_model():
-    """The model of the CPU of the node that this runs on: on another one, the last bits may differ."""
-    text, names = cpuinfo(), ("model name", "cpu family", "model")
-    fields = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in names]
-    return " / ".join(field[1] for field in fields if field) or platform.processor()
-
-
-def multiplies_bfloat16():
-    """Whether the CPU of the node that this runs on has instructions that multiply bfloat16."""
-    words = cpuinfo().split()
-    return "avx512_bf16" in words or "amx_bf16" in words
-
-
-def is_fast_in_bfloat16():
-    """Whether the CPU of the node that this runs on multiplies bfloat16 faster than float32.
-
-    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 did half as
-    much a second as float32 on the one that was measured (benchmarks/README.md).
-    """
-    words = set(cpuinfo().split())
-    made_for_amx = {"GenuineIntel", "avx512_fp16"} <= words
-    return "amx_bf16" in words or ("avx512_bf16" in words and not made_for_amx)
-
-
-def cpuinfo():
-    """What Linux says of the CPUs of the node that this runs on; other systems say nothing."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def wait_for(refs, say, what):
-    """Wait until all objects are there, and say every PATIENCE seconds how many are. Returns `refs`."""
-    left, count, wait = refs, len(refs), Wait(say)
-    while left:
-        before = len(left)
-        _, left = ray.wait(refs, num_returns=count, timeout=PATIENCE, fetch_local=False)
-        if len(left) < before:
-            wait.goes_on()
-        if left:
-            wait.is_long(f"{what}: {count - len(left)} of {count} tasks are done")
-    return refs
-
-
-# Where an actor is: its process, the model of its CPU, and whether that has instructions for bfloat16.
-Place = namedtuple("Place", "pid cpu bfloat16")
-
-
-def place():
-    """The Place of the actor that calls this."""
-    return Place(os.getpid(), cpu_model(), multiplies_bfloat16())
 
 
 # ---- labels
@@ -141,33 +88,34 @@ def convert(filenames, imagepairs):
     """
     names = [filename.partition("/")[2] for filename in filenames]
     labels = np.array([imagepairs.get(name, NO_LABEL) for name in names], np.int32)
-    for place in np.flatnonzero(labels == SEVERAL):
-        labels[place] = imagepairs.get(filenames[place], SEVERAL)
+    for number in np.flatnonzero(labels == SEVERAL):
+        labels[number] = imagepairs.get(filenames[number], SEVERAL)
     missing = [name for name, label in zip(names, labels, strict=True) if label == NO_LABEL]
     report = {
         "images": len(filenames) - len(missing),
         "unlabelled": len(missing),
         "named": [ascii(name[:100]) for name in missing[:5]],
-        "doubtful": [filenames[place] for place in np.flatnonzero(labels == SEVERAL)[:5]],
+        "doubtful": [filenames[number] for number in np.flatnonzero(labels == SEVERAL)[:5]],
     }
     return labels, report
 
 
-def match(data, say, tasks):
+def match(data):
     """Match each array of images with its array of labels: wait for a DataSet, return its batches.
 
-    Images without a label are dropped, and batches without an image. InputError if nothing is left.
-    `tasks` are the cluster's DataTasks, here and below.
+    Images without a label are dropped, and batches without an image. InputError if nothing is left. The
+    list of what is loaded is emptied, or its references would keep every batch twice.
     """
-    loaded = report_loading(data.bucket, data.loaded, say)
+    loaded = imagenet.report_loading(data.source, data.tars, data.loaded)
+    data.loaded.clear()
     converted = [
         tasks.start(convert, part.filenames, data.imagepairs, num_returns=2) for part in loaded
     ]
     batches = []
-    reports = ray.get(wait_for([report for _, report in converted], say, "Labels"))
+    reports = ray.get(tasks.wait_for([report for _, report in converted], "Labels"))
     if doubtful := [name for report in reports for name in report["doubtful"]]:
         why = f"has no line for {one_line(doubtful[0])}, and several labels for that name elsewhere"
-        raise InputError(f"s3://{data.bucket}/{one_line(data.label_file)}: {why}")
+        raise InputError(f"{data.source}/{one_line(data.label_file)}: {why}")
     for part, (labels, _), report in zip(loaded, converted, reports, strict=True):
         images = part.images
         if report["unlabelled"] and report["images"]:
@@ -179,8 +127,8 @@ def match(data, say, tasks):
         named = [name for report in reports for name in report["named"]][:5]
         say(f"{missing} images have no label and are left out: {', '.join(named)}")
     if not batches:
-        place, labels = f"s3://{data.bucket}/{one_line(data.prefix)}*", one_line(data.label_file)
-        raise InputError(f"{place}: no image is readable and has a label in {labels}: check both")
+        where, labels = f"{data.source}/{one_line(data.prefix)}*", one_line(data.label_file)
+        raise InputError(f"{where}: no image is readable and has a label in {labels}: check both")
     say(f"{sum(batch.count for batch in batches)} images in {len(batches)} batches")
     return batches
 
@@ -201,7 +149,7 @@ def one_hot(labels, num_classes):
 # ---- shuffle and mean image
 
 
-def shuffle(batches, rounds, seed, say, tasks):
+def shuffle(batches, rounds, seed):
     """Mix a list of batches in so many rounds, waiting for each.
 
     This replaces what the list holds: another reference to the batches would keep each of them twice.
@@ -211,12 +159,12 @@ def shuffle(batches, rounds, seed, say, tasks):
         hint = f"SHUFFLE_ROUNDS = {enough} would mix all {len(batches)}"
         say(f"{rounds} shuffle rounds mix the images of {2**rounds} tars: {hint}")
     for number in range(rounds):
-        batches[:] = shuffle_round(batches, seed, number, tasks)
-        wait_for([batch.labels for batch in batches], say, f"Shuffle round {number + 1}")
+        batches[:] = shuffle_round(batches, seed, number)
+        tasks.wait_for([batch.labels for batch in batches], f"Shuffle round {number + 1}")
         say(f"Shuffle round {number + 1} of {rounds} done")
 
 
-def shuffle_round(batches, seed, number, tasks):
+def shuffle_round(batches, seed, number):
     """Permute the batches and mix them two by two, disjointly; an odd one out waits for the next round.
 
     Round 0 permutes at random. A later one deals the list into two, so that two batches that were just
@@ -232,8 +180,8 @@ def shuffle_round(batches, seed, number, tasks):
     mixed = permuted[len(permuted) // 2 * 2 :]
     for pair in range(len(permuted) // 2):
         a, b = permuted[2 * pair : 2 * pair + 2]
-        arguments = a.images, a.labels, b.images, b.labels, (seed, "mix", number, pair)
-        xa, ya, xb, yb = tasks.start(shuffle_pair, *arguments, num_returns=4)
+        refs, key = (a.images, a.labels, b.images, b.labels), (seed, "mix", number, pair)
+        xa, ya, xb, yb = tasks.start(shuffle_pair, *refs, key, num_returns=4)
         mixed += [Batch(xa, ya, a.count), Batch(xb, yb, b.count)]
     return mixed
 
@@ -246,13 +194,13 @@ def shuffle_pair(images_a, labels_a, images_b, labels_b, key):
     return gathered(images, order[:n]), labels[:n], gathered(images, order[n:]), labels[n:]
 
 
-def mean_image(batches, say, tasks):
+def mean_image(batches):
     """The mean of all images, float32 [256, 256, 3] (paper, section 2)."""
     sums = [tasks.start(sum_images, batch.images) for batch in batches]
     while len(sums) > 1:  # integers: any order of additions gives the same sum
         pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
         sums = [tasks.start(add, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
-    [total] = ray.get(wait_for(sums, say, "Mean image"))
+    [total] = ray.get(tasks.wait_for(sums, "Mean image"))
     return (total / sum(batch.count for batch in batches)).astype(np.float32)
 
 
@@ -305,69 +253,122 @@ def subtract_mean(minibatch, mean):
     return centred
 
 
-# ---- arrays
+# ---- what the driver asks workers and helpers for
 
 
-def aligned_empty(shape):
-    """A float32 array that starts at a multiple of 64 bytes: TensorFlow copies what does not.
+def draw_minibatches(helpers, batches, size, count, seed, iteration):
+    """An iteration's `count` Drawn mini-batches, each `size` images of a random batch."""
+    chosen = random_batches(batches, [(seed, "batch", iteration, i) for i in range(count)])
+    drawn = [
+        Drawn(helpers, "draw_minibatch", batch, size, (seed, "crop", iteration, index))
+        for index, batch in enumerate(chosen)
+    ]
+    for minibatch, helper in zip(drawn, helpers.holding(chosen), strict=True):
+        minibatch.ref(helper)  # now, ahead of time
+    return drawn
 
-    This saves 17 ms of an iteration of 585 (bfloat16, `benchmarks/step.py` with and without it).
+
+def draw_sample(helpers, batches, size, parts, seed, iteration):
+    """At most `size` images of a random batch, for an accuracy: in `parts` Drawn mini-batches."""
+    [batch] = random_batches(batches, [(seed, "accuracy", iteration)])
+    parts = min(parts, size, batch.count)
+    return [Drawn(helpers, "draw_sample", batch, size, part, parts) for part in range(parts)]
+
+
+def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
+    """The losses of all mini-batches, all finite, and the top-1 accuracy on a sample, None without one.
+
+    Gradients stay where they were computed, see `Pool.mean_gradients`. `minibatches` and `sample` are
+    Drawn. The accuracy comes after the gradients and is shared out among all workers: so it costs their
+    forward passes and no more.
     """
-    size = 4 * math.prod(shape)
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(np.float32).reshape(shape)
+    gradients = [
+        Request("compute_grad", minibatch, [mean], (keep_probability, masks), returns=2)
+        for index, minibatch in enumerate(minibatches)
+        for masks in [dropout_seed(seed, pool.iteration, index)]
+    ]
+    accuracies = [Request("print_accuracy", part, [mean]) for part in sample]
+    computed, hits = pool.compute_grad(gradients, accuracies)
+    right, of = sum(result.value for result in hits) if hits else (None, None)
+    return [result.value for result in computed], right / of if hits else None
+
+
+def dropout_seed(seed, iteration, index):
+    """Two integers that decide the dropout masks of a mini-batch."""
+    return generator(seed, "dropout", iteration, index).integers(2**31, size=2).tolist()
+
+
+def validate(pool, batches, mean):
+    """Top-1 and top-5 accuracy on all images of some batches, with the weights that workers have.
+
+    The hits are counted, so that the result is exact, however the images are split.
+    """
+    requests = []
+    for batch in batches:
+        for start in range(0, batch.count, VALIDATION_PIECE):
+            stop = min(start + VALIDATION_PIECE, batch.count)
+            drawn = Drawn(pool.helpers, "draw_piece", batch, start, stop)
+            requests.append(Request("count_hits", drawn, [mean]))
+    hits = sum(result.value for result in pool.run(requests))
+    return hits / sum(batch.count for batch in batches)
 
 
 # ---- actors
 
 
-# The byte of memory matters: Ray may start an actor that asks for nothing on another node than told.
-@ray.remote(num_cpus=0, memory=1, max_restarts=-1, max_task_retries=-1)
-class Helper:
+# One byte of memory: an actor that asks for nothing may start on another node than its strategy says.
+@ray.remote(num_cpus=0, memory=1, max_restarts=-1, max_task_retries=-1, **ACTOR)
+class Helper(Actor):
     """Does a node's small jobs of every iteration in one warm process; Ray ends idle tasks' processes.
 
-    It keeps nothing between calls, so that Ray may restart it and repeat any call.
+    It keeps nothing between calls, so that Ray may restart it and repeat any call. Where a method takes
+    `refs`, these are references to the images and the labels of a batch.
     """
 
-    def draw_minibatch(self, images, labels, count, key):
+    def draw_minibatch(self, refs, count, key):
         """A MiniBatch of `count` random images of a batch, cropped and mirrored at random."""
-        rng, margins = generator(*key), np.array(images.shape[1:3]) - CROP_SIZE
-        chosen = rng.integers(0, len(labels), count)
-        crops = rng.integers(0, [*(margins + 1), 2], (count, 3))
-        return crop_images(images, labels, chosen, crops)
+        images, labels = ray.get(refs)
+        with self.at_work():
+            rng, margins = generator(*key), np.array(images.shape[1:3]) - CROP_SIZE
+            chosen = rng.integers(0, len(labels), count)
+            crops = rng.integers(0, [*(margins + 1), 2], (count, 3))
+            return crop_images(images, labels, chosen, crops)
 
-    def draw_sample(self, images, labels, count, part, parts):
+    def draw_sample(self, refs, count, part, parts):
         """A part of at most `count` images that are spread evenly over a batch: a MiniBatch.
 
         `part` is its number, from 0 on, among so many `parts`.
         """
-        chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
-        return centre_minibatch(images, labels, chosen[part::parts])
+        images, labels = ray.get(refs)
+        with self.at_work():
+            chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
+            return centre_minibatch(images, labels, chosen[part::parts])
 
-    def draw_piece(self, images, labels, start, stop):
+    def draw_piece(self, refs, start, stop):
         """A MiniBatch of the images `start` to `stop` of a batch."""
-        return centre_minibatch(images, labels, np.arange(start, stop))
+        images, labels = ray.get(refs)
+        with self.at_work():
+            return centre_minibatch(images, labels, np.arange(start, stop))
 
-    def pid(self):
-        """The id of this process."""
-        return os.getpid()
-
-    def fetch(self, refs, *before):
-        """Copy objects to this node. Ray calls this once the results of calls `before` are there."""
+    def fetch(self, refs, before):
+        """Copy objects to this node, once calls elsewhere, whose results are `before`, have done so."""
+        ray.wait(before, num_returns=len(before)) if before else None
         ray.get(refs)
 
-    def add_gradients(self, tree, indexes, *sets):
+    def add_gradients(self, tree, indexes, refs):
         """The sum of sets of gradients, which have indexes in a tree: see `sum_of_sets`."""
-        return sum_of_sets(tree, dict(zip(indexes, sets, strict=True)))
+        sets = ray.get(refs)
+        with self.at_work():
+            return sum_of_sets(tree, dict(zip(indexes, sets, strict=True)))
 
 
-@ray.remote
-class Worker:
+@ray.remote(**ACTOR)
+class Worker(Actor):
     """An actor: one network in its own session, in its own process, for as long as the run lasts.
 
-    Every request carries the reference of the weights that it is about. A worker that was restarted has
-    missed `update_weights`, and loads them first: it never computes on other weights.
+    Every request has references of all that it is about: the weights, a MiniBatch, the mean image. A
+    worker that was restarted has missed `update_weights`, and loads the weights first: it never
+    computes on other weights.
     """
 
     def __init__(self, network):
@@ -377,44 +378,53 @@ class Worker:
         self.iteration = None
 
     def place(self):
-        """The Place that this worker has, once the network is built."""
+        """The nodes.Place that this worker has, once the network is built."""
         return place()
 
-    def update_weights(self, iteration, weightrefs, passed_on=None):
+    def update_weights(self, iteration, weightrefs, passed_on=()):
         """Load an iteration's weights, unless they are loaded already.
 
-        `weightrefs` is a list with their reference, since Ray fetches the object of a bare reference
-        before each call, even if it is not needed. `passed_on` is a bare one: this call begins once
-        the weights are on this node. TensorFlow reads them in the object store, without a copy.
+        `weightrefs` is a list with their reference. `passed_on` has one, or none, that resolves once
+        they are on this node. TensorFlow reads them in the object store, without a copy.
         """
         if self.iteration != iteration:
+            ray.wait(passed_on) if passed_on else None
             [weights] = ray.get(weightrefs)
-            self.network.update_weights(weights)
+            with self.at_work():
+                self.network.update_weights(weights)
             self.iteration = iteration
 
-    def compute_grad(self, iteration, weightrefs, minibatch, mean, keep_probability, dropout_seed):
+    def compute_grad(self, iteration, refs, keep_probability, dropout_seed):
         """The 16 gradients of a MiniBatch's mean loss, and that loss: see `AlexNet.compute_grad`."""
-        self.update_weights(iteration, weightrefs)
-        images, y_true = self._inputs(minibatch, mean)
-        return self.network.compute_grad(images, y_true, keep_probability, dropout_seed)
+        minibatch, mean = self._get(iteration, refs)
+        with self.at_work():
+            images, y_true = self._inputs(minibatch, mean)
+            return self.network.compute_grad(images, y_true, keep_probability, dropout_seed)
 
-    def print_accuracy(self, iteration, weightrefs, minibatch, mean):
+    def print_accuracy(self, iteration, refs):
         """How many images of a MiniBatch are right, top-1, and how many there are: int [2].
 
         The driver prints the share of all workers' images.
         """
-        self.update_weights(iteration, weightrefs)
-        right, _ = self.network.count_hits(*self._inputs(minibatch, mean))
-        return np.array([right, len(minibatch.labels)])
+        minibatch, mean = self._get(iteration, refs)
+        with self.at_work():
+            right, _ = self.network.count_hits(*self._inputs(minibatch, mean))
+            return np.array([right, len(minibatch.labels)])
 
-    def count_hits(self, iteration, weightrefs, minibatch, mean):
+    def count_hits(self, iteration, refs):
         """How many of a MiniBatch's images are right, top-1 and top-5: int [2]."""
-        self.update_weights(iteration, weightrefs)
-        hits = np.zeros(2, int)
-        for first in range(0, len(minibatch.labels), VALIDATION_STEP):
-            step = MiniBatch(*(part[first : first + VALIDATION_STEP] for part in minibatch))
-            hits += self.network.count_hits(*self._inputs(step, mean))
-        return hits
+        minibatch, mean = self._get(iteration, refs)
+        with self.at_work():
+            hits = np.zeros(2, int)
+            for first in range(0, len(minibatch.labels), VALIDATION_STEP):
+                step = MiniBatch(*(part[first : first + VALIDATION_STEP] for part in minibatch))
+                hits += self.network.count_hits(*self._inputs(step, mean))
+            return hits
+
+    def _get(self, iteration, refs):
+        weightref, *others = refs
+        self.update_weights(iteration, [weightref])
+        return ray.get(others)
 
     def _inputs(self, minibatch, mean):
         return subtract_mean(minibatch, mean), one_hot(minibatch.labels, self.network.num_classes)

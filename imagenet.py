@@ -1,63 +1,32 @@
-"""ImageNet in S3: listing the tars, loading them, the label file."""
+"""ImageNet as tars and a label file, in a bucket or a folder: listing, loading, labels."""
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
-import math
+import logging
 import re
-import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+
+from machinery.cluster import tasks
+from machinery.errors import MAX_NAMED, InputError, one_line
+from machinery.storage import folder, s3, terminal
+from machinery.storage.images import STORED_BYTES
+from machinery.storage.tars import A_TAR, decode_part, walk
 
 import cv2
 import ray
-from boto3.s3.transfer import TransferConfig
-from botocore.exceptions import HTTPClientError, IncompleteReadError
-from s3transfer.exceptions import RetriesExceededError
-from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
-import terminal
-from decoding import A_TAR, decode_part, one_line, walk
-from s3 import PATIENT, InputError, data_client, s3_errors, s3_location
-from watching import Wait
-
-IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
-
-# Bytes of an image in each form that it can be stored in; as a JPEG, on an average of ILSVRC-2012.
-STORED_BYTES = {"pixels": IMAGE_SIZE * IMAGE_SIZE * 3, "jpeg": 24_000}
-
-CROP_SIZE = 224  # side of the square crop of it that the network sees, pixels (paper, section 4.1)
-
-STORM = 30  # seconds for which a piece of a tar is asked for anew if every attempt breaks off
-
-PIECE = 8 * 2**20  # bytes of one request
-
-AHEAD = 4  # pieces of a tar that are fetched while one is decoded
-
-ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as PATIENT says
-
-PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
-
-MAX_NAMED = 5  # left-out members (or keys) that a report names; the others are only counted
+say = logging.getLogger("driver").info
 
 SEVERAL = -2  # the label of a name that has several, in several directories
 
 JPEG_BYTES = 110_000  # of an average ILSVRC-2012 photo
 
-PARTS = TransferConfig(
-    multipart_chunksize=PIECE,
-    io_chunksize=PIECE,  # a part at once: in small pieces, threads take turns for half the time
-    max_concurrency=AHEAD,
-    num_download_attempts=ATTEMPTS,
-)
+HEAD = 2**20  # bytes of a tar by which the number of images in all tars is estimated
 
-
-# A tar as it is listed; `size` is in bytes.
-Tar = namedtuple("Tar", "key etag size")
 
 # References to what a load task makes of one part of a tar: n images uint8 [n, height, width, 3] RGB,
 # or Jpegs; n names as `in_directory` has them; a dict of `key`, `images` (n), `left_out` (a count),
@@ -66,39 +35,35 @@ Tar = namedtuple("Tar", "key etag size")
 Loaded = namedtuple("Loaded", "images filenames report more")
 
 
+def source_of(name):
+    """Where data is read from, by its name: a folder's path or URL, or else the name of a bucket."""
+    return folder.Folder.named(name) or s3.Bucket.named(name)
+
+
 def digest(value):
     """A short fingerprint of a JSON-like value: of the tars with their ETags, or of the labels."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def list_tars(bucket, prefix):
+def list_tars(source, prefix):
     """The tars below a prefix in the order of their keys, and how many other keys there are.
 
-    Raises InputError where the bucket cannot be listed or holds no tar below the prefix.
+    Raises InputError where the source cannot be listed or holds no tar below the prefix.
     """
-    with s3_errors(bucket):
-        pages = data_client(**s3_location()).get_paginator("list_objects").paginate
-        found = [page.get("Contents", []) for page in pages(Bucket=bucket, Prefix=prefix)]
-        listed = [obj for page in found for obj in page]
-        tars = [Tar(o["Key"], o["ETag"], o["Size"]) for o in listed if o["Key"].endswith(".tar")]
-        if not tars:
-            there = listed or next(iter(pages(Bucket=bucket))).get("Contents", [])
-            keys = [obj["Key"] for obj in there[:3]]
-            there = f"there are: {', '.join(map(one_line, keys))}" if keys else "the bucket is empty"
-            missing = f"no key with the prefix {one_line(prefix)!r} ends in .tar"
-            raise InputError(f"s3://{bucket}: {missing}; {there}")
+    listed = source.keys(prefix)
+    tars = [tar for tar in listed if tar.key.endswith(".tar")]
+    if not tars:
+        keys = [one_line(tar.key) for tar in listed[:3] or source.keys("", most=3)[:3]]
+        there = f"there are: {', '.join(keys)}" if keys else f"the {source.kind} is empty"
+        missing = f"no key with the prefix {one_line(prefix)!r} ends in .tar"
+        raise InputError(f"{source}: {missing}; {there}")
     return tars, len(listed) - len(tars)
 
 
-def estimate_images(bucket, tars):
+def estimate_images(source, tars):
     """About how many images some tars hold, from the sizes of all and the head of the first."""
-    total, head = sum(tar.size for tar in tars), b""
-    if tars[0].size:
-        client, first = data_client(**s3_location()), {"Bucket": bucket, "Key": tars[0].key}
-        # A body that breaks off is not read again: there is an answer without it.
-        broken = contextlib.suppress(IncompleteReadError, HTTPClientError)
-        with s3_errors(bucket, tars[0].key), broken:
-            head = client.get_object(**first, Range="bytes=0-1048575")["Body"].read()
+    total = sum(tar.size for tar in tars)
+    head = source.start_of(tars[0], HEAD) if tars[0].size else b""
     members = [member for _, member in walk(io.BytesIO(head), 0, len(head)) if member]
     ends = [member.offset_data + member.size for member in members if member.isreg()]
     whole = [end for end in ends if end <= len(head)]
@@ -119,63 +84,61 @@ def memory_needed(images, stored, room):
     return f"About {images} images: {held}"
 
 
-def load_tarfiles_from_s3(bucket, tars, size, tasks, stored="pixels"):
+def load_tarfiles_from_s3(source, tars, size, stored="pixels"):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
     A large tar takes one task after the other: these Loaded are its first parts. `size` is [height,
-    width] of the images, `tasks` are the cluster's DataTasks, `stored` is the form of the images,
-    "pixels" or "jpeg".
+    width] of the images, `stored` is their form, "pixels" or "jpeg".
     """
-    with s3_errors(bucket):
-        where = s3_location()
-    options = {"num_returns": 3, "scheduling_strategy": "SPREAD"}
 
     def load(tar, start=0):
-        options["name"] = f"s3://{bucket}/{one_line(tar.key)}"
-        what = bucket, tar, start, tuple(size), stored, where
-        return Loaded(*tasks.start(load_tarfile, *what, **options), more=partial(load, tar))
+        options = {"num_returns": 3, "scheduling_strategy": "SPREAD", "name": _place(source, tar)}
+        refs = tasks.start(load_tarfile, source, tar, start, tuple(size), stored, **options)
+        return Loaded(*refs, more=partial(load, tar))
 
     return [load(tar) for tar in tars]
 
 
-def report_loading(bucket, loaded, say):
+def _place(source, tar):
+    return f"{source}/{one_line(tar.key)}"
+
+
+def report_loading(source, tars, loaded):
     """Wait for tars that are loaded, a list of Loaded, and start to load the rest of large ones.
 
-    Returns all parts of all tars, in order. Shows how far it is, a progress bar on a terminal, lines
-    that `say` takes elsewhere, and then says what was left out and why. Raises a task's InputError.
+    Returns all parts of all tars, in order. Shows how far it is, by a progress bar on a terminal and by
+    lines elsewhere, and then says what was left out and why.
     """
-    parts, ended = [[part] for part in loaded], 0
-    left, reports = {part.report: number for number, part in enumerate(loaded)}, []
-    wait = Wait(say)
+    parts, reports, ended = [[part] for part in loaded], [], 0
+    numbers = {part.report: number for number, part in enumerate(loaded)}
+    left = set(numbers)
+
+    def what():
+        named = ", ".join(
+            _place(source, tars[number]) for number in sorted(numbers[ref] for ref in left)[:3]
+        )
+        return f"Loading: {len(left)} tars are still read ({named}{', ...' * (len(left) > 3)})"
+
     with terminal.bar(total=len(left), desc="Loading", unit="tar") as bar:
-        while left:
-            done, _ = ray.wait(list(left), num_returns=1, timeout=PATIENCE)
-            if not done:
-                wait.is_long(f"Loading: {len(left)} tars are still read")
-                continue
-            wait.goes_on()
-            number = left.pop(done[0])
-            try:
-                reports += ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, InputError):
-                    raise error.cause from None
-                raise
+        for ref in tasks.wait(left, what):
+            reports.append(ray.get(ref))
+            number, rest = numbers[ref], reports[-1]["rest"]
             images, count = sum(report["images"] for report in reports), len(loaded)
             bar.set_postfix(images=images, refresh=False)
-            if (rest := reports[-1]["rest"]) is not None:
+            if rest is not None:
                 parts[number].append(part := parts[number][-1].more(rest))
-                left[part.report] = number
+                numbers[part.report] = number
+                left.add(part.report)
                 continue
             ended += 1
             bar.update()
             if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
                 say(f"Loading: {ended} of {count} tars, {images} images")
-    say_left_out(bucket, reports, say)
+    say_left_out(source, reports)
     return [part for some in parts for part in some]
 
 
-def say_left_out(bucket, reports, say):
+def say_left_out(source, reports):
     """Name what was left out of the first few tars, from all parts' reports, and count the rest."""
     counts, named = Counter(), defaultdict(list)
     for report in reports:
@@ -184,99 +147,25 @@ def say_left_out(bucket, reports, say):
     spoilt = sorted(key for key in counts if counts[key])
     for key in spoilt[:MAX_NAMED]:
         names = "; ".join(named[key][:MAX_NAMED])
-        say(f"s3://{bucket}/{one_line(key)}: {counts[key]} left out: {names}")
+        say(f"{source}/{one_line(key)}: {counts[key]} left out: {names}")
     if len(spoilt) > MAX_NAMED:
         rest = sum(counts[key] for key in spoilt[MAX_NAMED:])
         say(f"{rest} left out of {len(spoilt) - MAX_NAMED} more tars")
 
 
-def load_tarfile(bucket, tar, start, size, stored, where):
+def load_tarfile(source, tar, start, size, stored):
     """What a load task does: a part of a Tar as images, their names and a report, as in Loaded."""
     cv2.setNumThreads(1)  # tasks run side by side
-    with contextlib.closing(S3Tar(bucket, tar, where)) as file:
+    with contextlib.closing(source.open(tar)) as file:
         images, paths, left_out, rest = decode_part(file, size, stored, start)
     if not paths and any(why == A_TAR for _, why in left_out):
         hint = "holds tars, no images: put it into a bucket with stage_imagenet.py"
-        raise InputError(f"s3://{bucket}/{one_line(tar.key)}: {hint}")
+        raise InputError(f"{_place(source, tar)}: {hint}")
     directory = tar.key.rpartition("/")[2].removesuffix(".tar")  # a tar of ImageNet is that of a class
     names = [in_directory(path, directory) for path in paths]
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
     counts = {"images": len(names), "left_out": len(left_out)}
     return images, names, {"key": tar.key, "named": named, "rest": rest} | counts
-
-
-class S3Tar:
-    """A Tar in S3, as a file object to read forwards: threads fetch the next pieces ahead of time.
-
-    What lies behind is let go: AHEAD + 1 pieces are in memory. Raises InputError if the tar is
-    unreadable or has changed since it was listed.
-    """
-
-    def __init__(self, bucket, tar, where, config=PATIENT, storm=STORM):
-        """Nothing is asked of S3 yet. `where` is that of `s3_location`, `config` is botocore's."""
-        self._bucket, self._tar, self._storm, self._place = bucket, tar, storm, 0
-        self._client = _client(config, **where)
-        self._pieces, self._threads = {}, ThreadPoolExecutor(AHEAD)  # number -> Future of its bytes
-
-    def close(self):
-        """Begin to fetch nothing more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        """Go to a byte, and return its number."""
-        self._place = offset + (self._tar.size if whence == io.SEEK_END else 0)
-        return self._place
-
-    def read(self, size=None):
-        """The next bytes: so many, or all to the end."""
-        end = self._tar.size if size is None else min(self._place + size, self._tar.size)
-        read = []
-        while self._place < end:
-            number, skipped = divmod(self._place, PIECE)
-            read.append(self._piece(number)[skipped : skipped + end - self._place])
-            self._place += len(read[-1])
-        return b"".join(read)
-
-    def _piece(self, number):
-        wanted = range(number, min(number + AHEAD + 1, math.ceil(self._tar.size / PIECE)))
-        for behind in self._pieces.keys() - set(wanted):
-            self._pieces.pop(behind).cancel()
-        for n in wanted:
-            if n not in self._pieces:
-                self._pieces[n] = self._threads.submit(self._fetch, n * PIECE)
-        with s3_errors(self._bucket, self._tar.key):
-            return self._pieces[number].result()
-
-    def _fetch(self, start):
-        stop = min(start + PIECE, self._tar.size)
-        what = {"Bucket": self._bucket, "Key": self._tar.key, "Range": f"bytes={start}-{stop - 1}"}
-        deadline, attempts = time.monotonic() + self._storm, 0
-        while True:
-            attempts += 1
-            try:  # boto3 tries a request again, but not one whose body breaks off
-                data = self._client.get_object(**what, IfMatch=self._tar.etag)["Body"].read()
-                if len(data) != stop - start:
-                    raise ValueError("S3 has sent other bytes than it was asked for")
-                return data
-            except S3_RETRYABLE_DOWNLOAD_ERRORS as error:
-                if attempts >= ATTEMPTS:
-                    if time.monotonic() > deadline:
-                        raise RetriesExceededError(error) from error
-                    time.sleep(2)
-
-
-def download(bucket, key, config=PATIENT):
-    """One object as bytes; InputError if it is unreadable, or changes meanwhile.
-
-    `config` is botocore's: how long it waits, and what it tries again.
-    """
-    body = io.BytesIO()
-    with s3_errors(bucket, key):
-        _client(config, **s3_location()).download_fileobj(bucket, key, body, Config=PARTS)
-    return body.getvalue()
-
-
-_client = functools.cache(data_client)  # a new one takes 50 ms
 
 
 def in_directory(path, outside=""):
@@ -289,7 +178,7 @@ def in_directory(path, outside=""):
     return f"{([outside] + [d for d in directories if d not in ('', '.')])[-1]}/{name}"
 
 
-def read_labels(bucket, key, num_classes):
+def read_labels(source, key, num_classes):
     """The label file, lines of `directory/name.JPEG label`, as a dict name.JPEG -> int.
 
     If a name has different labels in several directories, the dict has SEVERAL for the name, and the
@@ -297,7 +186,7 @@ def read_labels(bucket, key, num_classes):
     Raises InputError with the line number for a line that is malformed, a label that is no integer
     or outside 0..num_classes-1, and a name that has two labels in one directory.
     """
-    return parse_labels(download(bucket, key), num_classes, f"s3://{bucket}/{one_line(key)}")
+    return parse_labels(source.read(key), num_classes, f"{source}/{one_line(key)}")
 
 
 def parse_labels(data, num_classes, place):

@@ -27,21 +27,18 @@ import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
-import decoding
-from decoding import one_line
-from ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
-from imagenet import MAX_NAMED
-from places import S3Folder
-from s3 import InputError
-from terminal import bar, say
-from watching import as_they_end
+from machinery.errors import MAX_NAMED, ImageError, InputError, one_line
+from machinery.storage.ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
+from machinery.storage.images import QUALITY, small_jpeg
+from machinery.storage.places import S3Folder, as_they_end
+from machinery.storage.terminal import bar, say
 
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
 
 
 def new_fingerprint(side):
     """A SHA-256 to feed with images; the way they are going to be encoded is part of it."""
-    return hashlib.sha256(f"{side and (side, decoding.QUALITY)}".encode())
+    return hashlib.sha256(f"{side and (side, QUALITY)}".encode())
 
 
 def read_images(images, stop, sha):
@@ -82,8 +79,8 @@ def resize(data, side):
     The driver leaves such an image out and says so.
     """
     try:
-        return decoding.small_jpeg(data, (side, side))
-    except decoding.ImageError:
+        return small_jpeg(data, (side, side))
+    except ImageError:
         return data
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs by its path, from anywhere
 
 import driver
-import results
+from machinery import ending, results
 from tests.support import THIN
 
 
@@ -41,4 +41,5 @@ if __name__ == "__main__":
     report = Paced(values.pop("PACE", 0))
     for name, value in values.items():
         setattr(driver, name, value)
-    sys.exit(driver.main(sys.argv[1 + len(settings) :], report=report))
+    argv = sys.argv[1 + len(settings) :]
+    sys.exit(ending.status(lambda: driver.main(argv, report=report)))

@@ -1,6 +1,5 @@
 """One S3 server and one Ray for the whole session; buckets and the network are each test's own."""
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -11,15 +10,12 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 # Ray writes down clusters here: tests do not see this machine's, and its other runs do not see theirs.
 RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
-import driver  # before Ray, to which it says what to leave out
+import driver
+from machinery.cluster import joining, tasks
+from tests import support
 
-# isort: split
 import pytest
 import ray
-
-import cluster
-import joining
-from tests import support
 
 
 def pytest_unconfigure():
@@ -40,16 +36,9 @@ def one_ray(s3):
     """The address of a Ray of 2 CPUs and 2 GPUs that are none, which knows the S3 server."""
     os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
     settings = {"object_store_memory": 500 * 2**20, "_system_config": support.WARM}
-    joining.connect(num_cpus=2, num_gpus=2, **settings)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def tasks(one_ray):
-    """What starts tasks on data, on the session's Ray."""
-    with contextlib.closing(cluster.DataTasks(print, 300, print)) as tasks:
-        yield tasks
+    with joining.join(driver.runtime_env(), None, num_cpus=2, num_gpus=2, **settings):
+        tasks.limit(300)
+        yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A report that does things at moments of a run."""
 
-import results
+from machinery import results
 
 
 class At(results.Report):

@@ -93,9 +93,9 @@ def make_tar(files):
 
 def decode_tar(data, size, stored="pixels"):
     """The bytes of a tar that is one part as images, their names, and what is left out with why."""
-    import decoding
+    from machinery.storage.tars import decode_part
 
-    images, names, left_out, rest = decoding.decode_part(io.BytesIO(data), size, stored)
+    images, names, left_out, rest = decode_part(io.BytesIO(data), size, stored)
     assert rest is None
     return images, names, left_out
 
@@ -189,10 +189,16 @@ def thin_constants(patch):
 
 
 def train(bucket, *options, **hooks):
-    """driver.py in this process, on the session's Ray; `hooks` are `driver.main`'s."""
-    import driver
+    """driver.py in this process, on the session's Ray: the exit status. `hooks` are `driver.main`'s."""
+    return drive(["--s3-bucket", bucket, *options], **hooks)
 
-    return driver.main(["--s3-bucket", bucket, *map(str, options)], **hooks)
+
+def drive(argv, **hooks):
+    """The exit status that the command line would have, of driver.py in this process."""
+    import driver
+    from machinery import ending
+
+    return ending.status(lambda: driver.main(list(map(str, argv)), **hooks))
 
 
 ITERATIONS = 30  # of the session's undisturbed run
@@ -215,22 +221,26 @@ def train_elsewhere(
     return thin_driver(*settings, *flags, address=address, environment=environment)
 
 
-def two_workers(report=None, **actor):
-    """A pool of two workers with the thin network, which are up; `actor` may be another class."""
-    import cluster
-    import results
-    import workers
+def pool_of(count, cpus=1, patience=60, can_grow=False, actor=None):
+    """A pool of workers with the thin network; `actor` may be another class."""
+    import functions
+    from machinery.cluster.pool import Pool, Setup
 
-    network, share = {"layers": THIN, "num_classes": 10}, {"cpus": 1, "gpus": 0}
-    timeouts, report = (100, 60), report or results.Report()
-    what = 2, share, network, "float32", cluster.Helpers(), timeouts, report, False
-    pool = workers.Workers(*what, **actor)
-    pool.wait()
-    return pool
+    network = {"layers": THIN, "num_classes": 10, "precision": "float32", "threads": cpus}
+    setup = Setup(count, {"cpus": cpus, "gpus": 0}, network, 100, patience, can_grow)
+    return Pool(setup, actor or functions.Worker, functions.Helper)
+
+
+@contextlib.contextmanager
+def two_workers(actor=None):
+    """A pool of two workers, which are up, until the end of a `with`."""
+    with pool_of(2, actor=actor) as pool:
+        pool.wait()
+        yield pool
 
 
 class Given:
-    """A value in the place of a cluster.Drawn mini-batch; it is never drawn again."""
+    """A value in the place of a helpers.Drawn mini-batch; it is never drawn again."""
 
     def __init__(self, value):
         """Put the value into the object store."""
@@ -256,9 +266,9 @@ def noting_worker(folder, hits=()):
     decide: so exactness can be seen in seconds. Half of an accuracy's images are right. `hits` are
     those of each request of a validation: pairs of an iteration and a number, 0 for other iterations.
     """
-    import ray
+    from machinery.cluster import nodes
 
-    import functions
+    import ray
 
     place = folder / "notes"
 
@@ -266,30 +276,30 @@ def noting_worker(folder, hits=()):
         with place.open("a") as file:
             file.write(f"{method} {os.getpid()} {iteration} {weightrefs[0].hex()}\n")
 
-    @ray.remote
-    class Worker:
+    @ray.remote(**nodes.ACTOR)
+    class Worker(nodes.Actor):
         def __init__(self, network):
             pass
 
         def place(self):
-            return functions.place()
+            return nodes.place()
 
-        def update_weights(self, iteration, weightrefs, passed_on=None):
+        def update_weights(self, iteration, weightrefs, passed_on=()):
             note("update_weights", iteration, weightrefs)
 
-        def compute_grad(self, iteration, weightrefs, minibatch, mean, keep_probability, dropout_seed):
-            note("compute_grad", iteration, weightrefs)
-            [weights] = ray.get(weightrefs)
+        def compute_grad(self, iteration, refs, keep_probability, dropout_seed):
+            note("compute_grad", iteration, refs)
+            weights, minibatch, _ = ray.get(refs)
             decide = pickle.dumps((minibatch, keep_probability, dropout_seed))
             number = np.float32(zlib.crc32(decide) / 2**32)
             return [number * (part + 1) for part in weights], 1.0
 
-        def print_accuracy(self, iteration, weightrefs, minibatch, mean):
-            note("print_accuracy", iteration, weightrefs)
+        def print_accuracy(self, iteration, refs):
+            note("print_accuracy", iteration, refs)
             return np.array([1, 2])
 
-        def count_hits(self, iteration, weightrefs, minibatch, mean):
-            note("count_hits", iteration, weightrefs)
+        def count_hits(self, iteration, refs):
+            note("count_hits", iteration, refs)
             return np.full(2, dict(hits).get(iteration, 0))
 
     return Worker
@@ -303,13 +313,13 @@ def notes(folder):
 def save_start(folder, network, mini_batches, precision="float32"):
     """Save a checkpoint of iteration 0, from which a run has so many mini-batches an iteration."""
     facts = {"iteration": 0, "mini_batches": mini_batches, "precision": precision, "run": {}}
-    network.snapshot()
     network.save(f"{folder}/ckpt-0", json.dumps(facts), np.zeros([256, 256, 3], np.float32))
+    (folder / "checkpoint.lock").touch()
 
 
 def checksums(folder):
     """SHA-256 of every variable and its momentum in the newest checkpoint."""
-    from alexnet import tf
+    from machinery.storage.tf1 import tf
 
     reader = tf.train.load_checkpoint(str(folder))
     names = [name for name in reader.get_variable_to_shape_map() if name not in ("facts", "mean")]
@@ -446,10 +456,10 @@ def contents(bucket, stored="pixels"):
     """What must be in the object store: the fingerprint of a bucket's images, each with its label."""
     import imagenet
 
-    labels = imagenet.read_labels(bucket, "train.txt", 10)
-    pairs = []
-    for tar in imagenet.list_tars(bucket, "")[0]:
-        images, names, _ = decode_tar(imagenet.download(bucket, tar.key), (256, 256), stored)
+    source, pairs = imagenet.source_of(bucket), []
+    labels = imagenet.read_labels(source, "train.txt", 10)
+    for tar in imagenet.list_tars(source, "")[0]:
+        images, names, _ = decode_tar(source.read(tar.key), (256, 256), stored)
         pairs.append(identify(images, [labels[name] for name in names]))
     return fingerprint(pairs)
 

@@ -6,7 +6,6 @@ happens when. NOTES=folder: its workers are those of `noting_worker`.
 """
 
 import ast
-import os
 import re
 import sys
 import time
@@ -14,15 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs by its path, from anywhere
 
-import driver  # before Ray, to which it says what to leave out
-
-# isort: split
-import ray
-
+import driver
 import functions
-import results
-import terminal
+from machinery import ending, results
+from machinery.storage import terminal
 from tests import support
+
+import ray
 
 # Batches are identified where they lie: copies in this process's node would outlive all other nodes.
 ray.cloudpickle.register_pickle_by_value(support)  # which no node has
@@ -86,6 +83,5 @@ if __name__ == "__main__":
     actor = support.noting_worker(Path(notes)) if notes else functions.Worker
     for name, value in values.items():
         setattr(driver, name, value)
-    status = driver.main(sys.argv[1 + len(settings) :], report=report, actor=actor)
-    sys.stdout.flush()
-    os._exit(status)  # as driver.py ends
+    argv = sys.argv[1 + len(settings) :]
+    ending.leave(ending.status(lambda: driver.main(argv, report=report, actor=actor)))

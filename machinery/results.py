@@ -2,19 +2,24 @@
 saved."""
 
 import contextlib
+import dataclasses
+import logging
 import math
 import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
 
+from machinery.errors import InputError, NotSaved
+from machinery.storage import terminal
+from machinery.storage.checkpoints import Checkpoints
+from machinery.storage.export import SavedModel
+from machinery.storage.places import LocalFolder, checked_place, write_errors
+from machinery.storage.tf1 import tf
+
 import numpy as np
 
-import terminal
-from alexnet import tf
-from places import checked_place, make_writable
-from s3 import InputError
-from saving import Checkpoints, SavedModel, write_errors
+say = logging.getLogger("driver").info
 
 FOR_EVER = 1e10  # seconds of a time left that is not said
 
@@ -29,31 +34,44 @@ class Report:
 
     def __init__(self):
         """Say all on standard output; `draw` adds learning curves."""
-        self._folder, self._curves, self._seconds, self._since = None, None, {}, 0
-        self.lost_curves, self._fail = False, None
+        self.curves, self._curves, self._seconds, self._since = None, None, {}, 0
+        self.lost_curves, self._lost_lines = False, 0
         self._last, self._epoch, self._bar = math.inf, None, None
         self._recent = deque(maxlen=RECENT)  # (seconds, loss) of iterations
 
-    def listen(self, fail):
-        """Call `fail` with the error, from any thread, once standard output cannot be written."""
-        self._fail = fail
+    @contextlib.contextmanager
+    def lines(self):
+        """While this lasts, `say` gets each line of the logger "driver", from whatever module."""
+        logger, handler = logging.getLogger("driver"), logging.Handler()
+        handler.emit = lambda record: self.say(record.getMessage())
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
     def say(self, line):
-        """Print a line."""
-        self._output(terminal.say, line)
+        """Print a line; one that standard output does not take is lost, and the run goes on.
 
-    def _output(self, function, *arguments, **options):
-        """Do something on standard output; if that fails, the run ends."""
+        Once there is room, a line says how many are lost. BrokenPipeError if nobody reads any more.
+        """
         try:
-            return function(*arguments, **options)
-        except OSError as error:
-            if self._fail:
-                self._fail(type(error)(f"standard output: {error.strerror}"))
+            if self._lost_lines:
+                terminal.say(f"{self._lost_lines} lines are lost: standard output could not be written")
+                self._lost_lines = 0
+            terminal.say(line)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            self._lost_lines += 1
 
     def draw(self, folder):
         """Draw learning curves, too: TensorBoard's event files. InputError if that is impossible."""
         if folder:
-            self._folder = checked_place("--log-dir", folder, remote=False)
+            self.curves = checked_place("--log-dir", folder, remote=False)
             with write_errors("--log-dir", folder):
                 self._open_curves()
 
@@ -66,17 +84,17 @@ class Report:
 
     def start(self, iteration, batches, mean):
         """Training begins: with an iteration, all shuffled batches, a reference to the mean image."""
-        # TensorBoard forgets what a run that was cut off wrote of later iterations.
+        # At this mark, TensorBoard drops points of later iterations, of a run that was cut off.
         self._write(iteration, session_log=tf.SessionLog(status=tf.SessionLog.START))
         total = None if self._last == math.inf else self._last
         form = {"total": total, "initial": iteration, "bar_format": self._bar_format("")}
-        self._bar = self._output(terminal.bar, **form, leave=False)
+        self._bar = terminal.bar(**form, leave=False)
         self.resume()
 
     def close(self):
         """Take away the bar."""
         if self._bar is not None:
-            self._output(self._bar.close)
+            self._bar.close()
 
     def resume(self):
         """Start the clock of a phase: what came since the last phase belongs to no iteration."""
@@ -150,11 +168,11 @@ class Report:
         TensorFlow's own writer ends its thread, with a traceback, at the first error of the disk. Here
         the next event opens another file, and TensorBoard reads both.
         """
-        if not self._folder:
+        if not self.curves:
             return
         event = tf.Event(wall_time=time.time(), step=iteration, **content)
         try:
-            with write_errors("--log-dir", self._folder):
+            with write_errors("--log-dir", self.curves):
                 if not (self._curves and self._file.exists()):
                     self._open_curves()
                 self._curves.write(event.SerializeToString())
@@ -166,8 +184,8 @@ class Report:
             self.lost_curves = True
 
     def _open_curves(self):
-        self._curves, folder = None, Path(self._folder)
-        make_writable(folder)
+        self._curves, folder = None, Path(self.curves)
+        LocalFolder(self.curves).check()
         self._file = folder / f"events.out.tfevents.{time.time_ns()}"
         self._curves = tf.python_io.TFRecordWriter(str(self._file))
         version = tf.Event(wall_time=time.time(), file_version="brain.Event:2")
@@ -175,77 +193,96 @@ class Report:
 
 
 class Outcome:
-    """What a run leaves behind, however it ends: checkpoints, the exported network, a last line."""
+    """What a run leaves behind, however it ends: checkpoints, the exported network, a last line.
 
-    def __init__(self, args, report):
+    The end of a `with` saves and exports the newest weights. NotSaved if all went well but that.
+    """
+
+    def __init__(self, args, report, stop):
         """Open all places of the command line; InputError if one cannot be written."""
-        self._say, self._report = report.say, report
-        self.checkpoints = Checkpoints(args.checkpoint_dir, report.say)
-        self._model, self._curves, self._network = SavedModel(args.export_dir), args.log_dir, None
+        self._report, self._stop = report, stop
+        self._checkpoints, self._model = Checkpoints(args.checkpoint_dir), SavedModel(args.export_dir)
+        self._iterations = args.iterations
+        self._wanted = args.val_prefix is not None or args.export_dir is not None
+        self._network, self._facts, self._mean = None, None, None
         report.draw(args.log_dir)
         if not args.checkpoint_dir and not args.export_dir:
             missing = "there is no --checkpoint-dir and no --export-dir"
-            self._say(f"The trained weights end with this run: {missing}")
+            say(f"The trained weights end with this run: {missing}")
+
+    def start(self):
+        """The Start of the run."""
+        return self._checkpoints.start(self._iterations, self._wanted)
 
     def begin(self, network, mean, facts=None):
         """There are weights from here on: of an AlexNet whose images are centred by a mean image.
 
-        `facts` about the run become part of its checkpoints; without them, nothing is trained or saved.
+        `facts` become part of the run's checkpoints; without them, nothing is trained or saved.
         """
         self._network, self._mean, self._facts = network, mean, facts
         if facts:
-            self.checkpoints.best = facts["best"]
-            self.checkpoints.claim()
+            self._checkpoints.claim(facts)
 
     def save(self):
-        """Save a checkpoint in the background."""
-        if self._facts:
-            self.checkpoints.save(self._network, self._facts, self._mean)
+        """Save a checkpoint, if there are weights of a whole step that are not saved."""
+        if self._facts and self._network.iteration:
+            self._checkpoints.save(self._network, self._facts, self._mean)
 
     def validation(self, top1, top5):
         """Report the accuracies on all held-out images; a run that trains saves its best weights."""
         iteration = self._network.iteration
         self._report.validation(iteration, top1, top5)
         if self._facts:
-            facts = self._facts | {"validated": iteration}
-            self.checkpoints.save(self._network, facts, self._mean, float(top1))
+            facts = dataclasses.replace(self._facts, validated=iteration)
+            self._checkpoints.save(self._network, facts, self._mean, float(top1))
             self._facts = facts  # not before: a signal may come while the save waits for another one
 
     def is_validated(self, iteration):
         """Whether an iteration has been validated, also before the run was resumed."""
-        return self._facts["validated"] == iteration
+        return self._facts.validated == iteration
 
-    def finish(self, failed):
-        """Save and export the newest weights, and say what there is; whether all of it is there.
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            with self._stop.held():
+                missing = self._finish(failed=isinstance(error, Exception))
+        finally:
+            self._stop.ignore()
+        if missing and not error:
+            raise NotSaved(f"not saved: {', '.join(missing)}")
+
+    def _finish(self, failed):
+        """Save and export the newest weights, and say what there is; what is missing.
 
         A run that has `failed` exports only where nothing has been exported before.
         """
         self._report.close()
-        with contextlib.closing(self.checkpoints):
+        with contextlib.closing(self._checkpoints) as checkpoints:
             if not self._network:
-                return True
-            if self._network.iteration:
-                self.save()
-            self.checkpoints.wait()
+                return []
+            self.save()
+            checkpoints.wait()
         iteration, kept, missing = self._network.iteration, [], []
-        if place := self.checkpoints.place:
-            saved, best = self.checkpoints.saved, self.checkpoints.best
+        if place := checkpoints.place:
+            saved, best = checkpoints.saved, checkpoints.best
             if saved:
                 at = f" (best: top-1 {best[1]:.1%} at iteration {best[0]})" if best else ""
                 kept.append(f"checkpoints in {place}{at}")
             if saved != iteration:
                 missing.append(f"the iterations after {saved}")
-            if lost := self.checkpoints.lost_best:
+            if lost := checkpoints.lost_best:
                 missing.append(f"the best: top-1 {lost[1]:.1%} at iteration {lost[0]}")
         if self._model.place and iteration:
             exported = self._export(failed)
             (kept if exported else missing).append(f"network in {self._model.place}")
-        if self._curves:
-            (missing if self._report.lost_curves else kept).append(f"curves in {self._curves}")
+        if curves := self._report.curves:
+            (missing if self._report.lost_curves else kept).append(f"curves in {curves}")
         lost = f"; not saved: {', '.join(missing)}" if missing else ""
         where = "in the middle of a step" if iteration is None else f"at iteration {iteration}"
-        self._say(f"Stopped {where}: {', '.join(kept) or 'nothing is saved'}{lost}")
-        return not missing
+        say(f"Stopped {where}: {', '.join(kept) or 'nothing is saved'}{lost}")
+        return missing
 
     def _export(self, failed):
         """Whether the network is exported now."""
@@ -254,6 +291,6 @@ class Outcome:
                 raise InputError(f"{self._model.place} keeps that of an earlier run")
             self._model.write(self._network, self._mean)
         except InputError as error:
-            self._say(f"The network is not exported: {error}")
+            say(f"The network is not exported: {error}")
             return False
         return True

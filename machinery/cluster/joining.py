@@ -1,43 +1,76 @@
-"""Which Ray a run is on: a cluster that it joins, or one of its own that it starts."""
+"""Which Ray a run is on: a cluster that it joins, or one of its own that it starts.
+
+This is the only file that uses private names of Ray.
+"""
 
 import contextlib
-import functools
-import json
+import logging
 import os
 import re
 import socket
-import tempfile
+import threading
 from pathlib import Path
 
+from machinery.cluster import nodes
+from machinery.errors import ClusterError, one_line, silent_stderr
+
 import ray
-from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
+
+# Where `ray start` has written its address; ray.init(address="auto") takes any Ray of this machine.
 from ray._private.utils import read_ray_address
+
+# A question to a head with a limit of time; ray.init tries for 14 minutes.
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
 
-from decoding import one_line
-from watching import ANSWER, silent_stderr, within
-
-# What runs on other nodes, too.
-CARRIED_MODULES = (
-    "adding",
-    "alexnet",
-    "decoding",
-    "functions",
-    "imagenet",
-    "s3",
-    "terminal",
-    "watching",
-)
-
-CONNECT = 5  # seconds in which a process on a healthy node can be connected to
+say = logging.getLogger("driver").info
 
 
-class ClusterError(Exception):
-    """A cluster that cannot be joined, or on which workers do not stay up. The message is one line."""
+class Cluster(contextlib.ExitStack):
+    """The Ray that a run is on, until the end of a `with`; what is entered into it ends before it.
+
+    `can_grow` says whether an autoscaler may add nodes; `actor` is the class of the workers.
+    """
+
+    def __init__(self, actor, joined, started):
+        """`joined`: the Ray is not of this run alone. `started`: this run has called `ray.init`."""
+        super().__init__()
+        self.actor, self.can_grow = actor, joined
+        if started:
+            self.callback(ray.shutdown)
 
 
-def find_address(say):
+def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
+    """Join the Ray cluster that `find_address` names, or start one: a Cluster.
+
+    A Ray that this process has started already is taken as it is. `runtime_env` brings the project's
+    modules to every node, and nothing else. Ray can crash if its start is interrupted: it is within a
+    `held()`. `start_options` are for a cluster that it starts.
+    """
+    nodes.head = nodes.Head()
+    nodes.modules.clear()
+    if ray.is_initialized():
+        _find_modules(runtime_env)
+        return Cluster(actor, joined=True, started=False)
+    address = find_address()
+    with held():
+        _init(address, runtime_env, **start_options)
+    return Cluster(actor, joined=address != "local", started=True)
+
+
+def _find_modules(runtime_env):
+    """Have tasks and actors find the modules on a Ray that a program has started before."""
+    brought = ray.get_runtime_context().runtime_env
+    if "py_modules" in brought or "working_dir" in brought:
+        return
+    if len(nodes.head.nodes()) > 1:
+        hint = "start Ray by ray.init(runtime_env=driver.runtime_env()), with your address"
+        raise ClusterError(f"the nodes of this Ray do not have driver.py's modules: {hint}")
+    here = str(Path(runtime_env["py_modules"][0]).parent)
+    nodes.modules["runtime_env"] = {"env_vars": {"PYTHONPATH": here}}
+
+
+def find_address():
     """The address of the Ray cluster to join, or "local" for a Ray of one's own.
 
     RAY_ADDRESS names it, or else the last `ray start` on this machine: a Ray that another program has
@@ -72,76 +105,41 @@ def _answers(address):
     """
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
+        socket.create_connection((host.strip("[]"), int(port)), nodes.CONNECT).close()
     except (OSError, OverflowError, ValueError):  # no such port, or no name that a host can have
         return False
 
     def ask_head():
         try:
-            return GcsClient(address=address).get_all_node_info(timeout=ANSWER)
+            answers.append(GcsClient(address=address).get_all_node_info(timeout=nodes.ANSWER))
         except AuthenticationError as error:
-            return error
+            answers.append(error)
+        except Exception:  # no answer is one, too
+            return
 
+    answers, asking = [], threading.Thread(target=ask_head, daemon=True)
     with _silent_core():
-        answers = within(ANSWER, ask_head)
-    if any(isinstance(answer, AuthenticationError) for answer in answers):
+        asking.start()
+        asking.join(nodes.ANSWER)
+    if answers and isinstance(answers[0], AuthenticationError):
         hint = "export RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token"
         raise ClusterError(f"the Ray cluster at {address} refuses this run: {hint}")
     return bool(answers)
 
 
-def connect(address="local", **start_options):
-    """Join the Ray cluster at an address (True), or start one (False); True if Ray runs here already.
-
-    The runtime environment carries the project's modules to every node, and nothing else; none if this
-    is a Ray job whose working directory brings them. `start_options` are for a cluster that it starts.
-    """
-    if ray.is_initialized():
-        return True
+def _init(address, runtime_env, **start_options):
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # the run says in a line what Ray says in twenty
-    options = {"logging_level": "ERROR", "log_to_driver": False}
-    options["runtime_env"] = {} if _brought() else {"py_modules": _modules()}
+    options = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": runtime_env}
     own = address == "local"
     try:
         with contextlib.nullcontext() if own else _silent_core():
-            more = {"include_dashboard": False} | start_options if own else {}
-            ray.init(address, **options, **more)
+            ray.init(
+                address, **options, **({"include_dashboard": False} | start_options if own else {})
+            )
     except Exception as error:  # of another version, without a node here, a path that is too long, ...
         ray.shutdown()
         what = "Ray does not start here" if own else f"the Ray cluster at {address} cannot be joined"
         raise ClusterError(f"{what}: {one_line(error)[:300]}") from error
-    return not own
-
-
-def _brought():
-    """Whether this is a Ray job whose working directory holds the modules."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    return "working_dir" in job and Path(__file__).resolve().parent == Path.cwd()
-
-
-def _modules():
-    here = Path(__file__).resolve().parent
-    return [str(here / f"{name}.py") for name in CARRIED_MODULES]
-
-
-def carried():
-    """Ray's options by which an actor or a task gets the project's modules.
-
-    None are needed if `connect` has called `ray.init`. A notebook that has called it itself knew
-    nothing of these modules.
-    """
-    context = ray.get_runtime_context()
-    return _carried(context.gcs_address, context.get_job_id())
-
-
-@functools.cache
-def _carried(address, job):
-    if _brought():
-        return {}
-    there = ray.get_runtime_context().runtime_env.get("py_modules", [])
-    upload = {"py_modules": _modules()}, False, tempfile.gettempdir()
-    ours = upload_py_modules_if_needed(*upload)["py_modules"]
-    return {} if set(ours) <= set(there) else {"runtime_env": {"py_modules": [*there, *ours]}}
 
 
 @contextlib.contextmanager

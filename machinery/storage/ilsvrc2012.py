@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from machinery.errors import InputError, one_line
+from machinery.storage.images import kind_of
+
 import numpy as np
 import scipy.io
-
-from decoding import kind_of, one_line
-from s3 import InputError
 
 VAL_IMAGES = 2000  # images of one validation tar
 TRAIN, VAL = "ILSVRC2012_img_train", "ILSVRC2012_img_val"

@@ -3,9 +3,7 @@
 import math
 from typing import NamedTuple
 
-from alexnet import weight_shapes
-from decoding import one_line
-from s3 import InputError
+from machinery.errors import InputError, one_line
 
 
 class Rule(NamedTuple):
@@ -43,19 +41,6 @@ def _are_drops(value):
     return isinstance(value, list | tuple) and all(number(0).holds(drop) for drop in value)
 
 
-def _are_layers(value):
-    """Whether a table of layers makes a network: each row of a known form, no side of size 0."""
-    try:
-        flags = {flag for kind, *row in value if kind == "conv" for flag in row[3:]}
-        sizes = [size for shape in weight_shapes(value, 1) for size in shape]
-    except Exception:  # a table can be wrong in any way
-        return False
-    kinds = [kind for kind, *_ in value]
-    known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"}
-    dense_last = kinds[-1:] == ["dense"] and kinds == sorted(kinds)
-    return known and dense_last and all(whole(1).holds(size) for size in sizes)
-
-
 POSITIVE = number(0, but=0)
 UNLIMITED = either(math.inf, POSITIVE)
 
@@ -86,14 +71,17 @@ RULES = {
     "KEEP_PROBABILITY": number(0, 1, but=0),
     "INITIAL_WEIGHTS": either("he", POSITIVE),
     "NUM_CLASSES": whole(1),
-    "LAYERS": Rule(_are_layers, "a table of layers as in alexnet.py, dense ones last, none of size 0"),
     "SEED": whole(0),
 }
 
 
-def check(values):
-    """InputError unless every constant in a dict of name -> value is as its rule says."""
-    for name, rule in RULES.items():
+def check(values, are_layers):
+    """InputError unless every constant in a dict of name -> value is as its rule says.
+
+    `are_layers` is the rule for LAYERS, which the network knows.
+    """
+    words = "a table of layers as in alexnet.py, dense ones last, none of size 0"
+    for name, rule in {**RULES, "LAYERS": Rule(are_layers, words)}.items():
         if not rule.holds(values[name]):
             value = one_line(repr(values[name]))[:60]
             raise InputError(f"{name} = {value} in driver.py: it must be {rule.words}")

@@ -18,17 +18,29 @@ def is_there():
 def say(line):
     """Print a line, above the bar if there is one; what the output's encoding does not have is escaped.
 
-    Once that fails, which raises OSError, all else that is printed is thrown away.
+    Raises OSError where that fails. Once nobody reads any more (BrokenPipeError), all else that is
+    printed is thrown away.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     above = Bar.external_write_mode(sys.stdout) if is_there() else contextlib.nullcontext()
     try:
         with above:
             # The newline is part of the string: between two writes, another thread could print.
-            print(line.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", flush=True)
-    except OSError:
+            _write(f"{line}\n".encode(encoding, "backslashreplace"), encoding)
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+
+
+def _write(data, encoding):
+    """Write to standard output itself: its buffer would keep what a full disk refuses, and cut it."""
+    if sys.stdout is not sys.__stdout__ or sys.stdout is None:
+        print(data.decode(encoding), end="", flush=True)
+        return
+    sys.stdout.flush()
+    written = 0
+    while written < len(data):
+        written += os.write(sys.stdout.fileno(), data[written:])
 
 
 def bar(**options):
@@ -39,10 +51,9 @@ def bar(**options):
 class Bar(tqdm):
     """A bar whose lock is free again after a signal: tqdm's own would keep other threads waiting."""
 
+    _lock = threading.RLock()  # tqdm's name for it
+
     def refresh(self, nolock=False, lock_args=None):
         """Draw it."""
         with self.get_lock():
             super().refresh(nolock=True)
-
-
-Bar.set_lock(threading.RLock())

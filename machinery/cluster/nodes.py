@@ -1,0 +1,311 @@
+"""The nodes of the cluster: which are alive, what they have room for, and how their CPUs compute."""
+
+import contextlib
+import logging
+import platform
+import re
+import socket
+import threading
+import time
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from machinery.errors import ClusterError
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+say = logging.getLogger("driver").info
+
+ANSWER = 20  # seconds in which a healthy cluster answers a short question
+CONNECT = 5  # seconds in which a process on a healthy node can be connected to
+BETWEEN_LOOKS = 5  # seconds between two questions to the head, while the run waits
+ASKED = 3  # times that a node is asked before its silence is an answer
+FAILURES_IN_A_ROW = 3  # of workers on one node, before it is left alone
+RETRY_START = 2  # seconds after which a worker is started again where one failed; longer each time
+LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
+
+
+# Ray's options by which tasks and actors find the project's modules. They need none where the job has
+# these; joining.py sets them where a program has called `ray.init` before.
+modules = {}
+
+
+# ---- the head, and which nodes are alive
+
+
+class Head:
+    """The cluster's head, which knows the nodes. A thread asks it: Ray's own call waits for an answer.
+
+    A head that refuses connections is gone; Ray ends this process a minute after that. A silent one may
+    only stand still: the run says so once, does what `when_silent` does, and goes on with the nodes
+    that it knows.
+    """
+
+    def __init__(self):
+        """Nothing is asked yet."""
+        self.when_silent = lambda: None
+        self._nodes, self._asking, self._since, self._is_silent = None, None, 0, False
+
+    def look(self):
+        """Ask it now and then, and never wait. ClusterError if it is gone."""
+        if not self._is_asked() and time.monotonic() > self._since + BETWEEN_LOOKS:
+            self._ask()
+        self._judge()
+
+    def nodes(self):
+        """The nodes that are alive, as Ray describes them. ClusterError if the head is gone."""
+        if not self._is_asked():
+            self._ask()
+        if not self._is_silent:
+            self._asking.join(ANSWER)
+        self._judge()
+        if self._nodes is None:
+            raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
+        return self._nodes
+
+    def _is_asked(self):
+        return self._asking is not None and self._asking.is_alive()
+
+    def _ask(self):
+        def ask():
+            with contextlib.suppress(Exception):  # Ray may have ended meanwhile
+                self._nodes = [node for node in ray.nodes() if node["Alive"]]
+
+        self._asking, self._since = threading.Thread(target=ask, daemon=True), time.monotonic()
+        self._asking.start()
+
+    def _judge(self):
+        late = self._is_asked() and time.monotonic() > self._since + ANSWER
+        if late and self._refuses():
+            raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
+        if late and not self._is_silent:
+            say(f"The head of the Ray cluster is silent for {ANSWER} s: the run goes on without it")
+            self.when_silent()
+        self._is_silent = late
+
+    def _refuses(self):
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 1).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # it takes too long, which is silence
+            return False
+        return False
+
+
+head = Head()  # of the cluster that this process is on
+
+
+def lives(node):
+    """Whether a node is alive: Ray itself notices only after some seconds that one has died."""
+    for alive in head.nodes():
+        if alive["NodeID"] == node:
+            raylet = alive["NodeManagerAddress"], alive["NodeManagerPort"]
+            with contextlib.suppress(OSError), socket.create_connection(raylet, CONNECT):
+                return True
+    return False
+
+
+def on_node(node):
+    """Ray's strategy to place something on a node, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def ask(node, function):
+    """What a short function returns on a node; None if the node does not answer, asked ASKED times."""
+    task = ray.remote(num_cpus=0, scheduling_strategy=on_node(node), **modules)(function)
+    for _ in range(ASKED):
+        with contextlib.suppress(RayError):
+            return ray.get(task.remote(), timeout=ANSWER)
+    return None
+
+
+def first_line(error):
+    """The line of an error's message that says most: the last one of a traceback, else the first."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1 if 'File "' in str(error) else 0][:200]
+
+
+# ---- CPUs
+
+# Where an actor is: the model of its CPU, and whether that has instructions for bfloat16.
+Place = namedtuple("Place", "cpu bfloat16")
+
+
+def place():
+    """The Place of the actor that calls this."""
+    words = cpuinfo().split()
+    return Place(cpu_model(), "avx512_bf16" in words or "amx_bf16" in words)
+
+
+def cpu_model():
+    """The model of the CPU of the node that this runs on: on another one, the last bits may differ."""
+    text, names = cpuinfo(), ("model name", "cpu family", "model")
+    fields = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in names]
+    return " / ".join(field[1] for field in fields if field) or platform.processor()
+
+
+def is_fast_in_bfloat16():
+    """Whether the CPU of the node that this runs on multiplies bfloat16 faster than float32.
+
+    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 did half as
+    much a second as float32 on the one that was measured (benchmarks/README.md).
+    """
+    words = set(cpuinfo().split())
+    made_for_amx = {"GenuineIntel", "avx512_fp16"} <= words
+    return "amx_bf16" in words or ("avx512_bf16" in words and not made_for_amx)
+
+
+def cpuinfo():
+    """What Linux says of the CPUs of the node that this runs on; other systems say nothing."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def fastest_precision(cpus, gpus):
+    """The precision for workers of so many CPUs and GPUs, "bfloat16" or "float32".
+
+    bfloat16 where the CPU of every node that has room for a worker is faster in it; on GPUs, float32.
+    """
+    if gpus:
+        return "float32"
+    nodes = [node for node, number in room_for_workers(cpus, gpus).items() if number]
+    with ThreadPoolExecutor(64) as threads:
+        fast = list(threads.map(lambda node: ask(node, is_fast_in_bfloat16), nodes))
+    return "bfloat16" if any(fast) and False not in fast else "float32"  # None: the node is gone
+
+
+# ---- room
+
+
+def room_for_workers(cpus, gpus):
+    """How many workers of so many CPUs and GPUs each node holds in all: a dict of node id -> number."""
+    room = {}
+    for node in head.nodes():
+        by_cpu = int(node["Resources"].get("CPU", 0) // cpus)
+        by_gpu = int(node["Resources"].get("GPU", 0) // gpus) if gpus else by_cpu
+        room[node["NodeID"]] = min(by_cpu, by_gpu)
+    return room
+
+
+def room_for_images(mini_batches, one_set, batch):
+    """Bytes that the object stores have for images before Ray spills them, beside all else.
+
+    That is gradients, a node's sum and weights of two iterations, sets of so many bytes each, and what
+    data tasks make: two tasks a CPU, two batches of so many bytes each.
+    """
+    cpus, store = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "object_store_memory"))
+    sets = mini_batches + 3 * len(head.nodes())
+    return int(0.8 * store - sets * one_set - 4 * cpus * batch)  # Ray spills a store that is fuller
+
+
+class Room:
+    """Where on the cluster workers start: on the node with the most room, and not where they fail.
+
+    A node on which workers start in vain, or crash, is tried again after a while, and is left alone
+    after FAILURES_IN_A_ROW failures.
+    """
+
+    def __init__(self, share, here):
+        """`share` has the `cpus` and `gpus` of a worker; `here` is the id of the driver's node."""
+        self._share, self._here = share, here
+        self._limits = {}  # node -> how many workers it can hold in fact
+        self._failures, self._next_try = Counter(), {}  # node -> failures in a row; a moment
+        self.why = ""  # why the last worker that failed has failed
+
+    def nodes(self):
+        """How many workers each node can hold: a dict of node id -> number."""
+        room = room_for_workers(**self._share)
+        return {node: min(n, self._limits.get(node, n)) for node, n in room.items()}
+
+    def places(self, count, there):
+        """Nodes for at most `count` more workers; `there` is a Counter of the nodes of all others."""
+        room, now, chosen = self.nodes(), time.monotonic(), []
+        left = {n: room[n] - there[n] for n in room if self._next_try.get(n, 0) <= now}
+        while len(chosen) < count and left:
+            node = max(left, key=lambda node: (left[node], node == self._here))
+            if left[node] <= 0:
+                break
+            left[node] -= 1
+            chosen.append(node)
+        return chosen
+
+    def limit(self, node, number):
+        """A node can hold only so many workers."""
+        self._limits[node] = number
+
+    def failed(self, node, why):
+        """A worker has failed on a node that goes on."""
+        self._failures[node] += 1
+        self.why, pause = why, RETRY_START * self._failures[node]
+        if self._failures[node] % FAILURES_IN_A_ROW == 0:
+            pause, times = LEFT_ALONE, f"{self._failures[node]} times in a row"
+            say(f"node {node[:8]} is left alone: workers failed there {times} ({why})")
+        self._next_try[node] = time.monotonic() + pause
+
+    def worked(self, node):
+        """A worker on a node has done its work."""
+        self._failures.pop(node, None)
+
+    def given_up(self):
+        """Whether workers have failed too often on every node that has room for one."""
+        nodes = [node for node, number in self.nodes().items() if number]
+        return bool(nodes) and all(self._failures[node] >= FAILURES_IN_A_ROW for node in nodes)
+
+
+# ---- actors
+
+
+class Actor:
+    """What Helper and Worker have in common: they say how long they have been at work.
+
+    The question has a thread of its own, "health" (see ACTOR). Ray begins a call once the objects of
+    its bare references are there, and all later calls wait with it; so methods take references in
+    lists, and get the objects themselves. While they wait for these, they are not at work.
+    """
+
+    _since = None
+
+    @ray.method(concurrency_group="health")
+    def seconds_at_work(self):
+        """For how long the method that runs has been at work; 0 if it waits, or if none runs."""
+        since = self._since
+        return time.monotonic() - since if since else 0.0
+
+    @contextlib.contextmanager
+    def at_work(self):
+        """What is done here is work."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+
+ACTOR = {"concurrency_groups": {"health": 1}}  # Ray's options for the class of an Actor
+
+
+class Health:
+    """The question whether an Actor hangs: it has been at work for too long, or does not answer."""
+
+    def __init__(self, actor, seconds):
+        """Ask. It hangs if it has been at work for so many seconds."""
+        self._ref, self._seconds = actor.seconds_at_work.remote(), seconds
+        self._deadline = time.monotonic() + ANSWER
+
+    def hangs(self, wait=0):
+        """True or False; None if the answer has not come after so many seconds, but still may."""
+        try:
+            return ray.get(self._ref, timeout=wait) > self._seconds
+        except GetTimeoutError:
+            return True if time.monotonic() > self._deadline else None
+        except RayError:
+            return True

@@ -1,0 +1,4 @@
+"""What a run reads and writes: S3, folders, tars, images, checkpoints, the terminal.
+
+Nothing here knows of Ray.
+"""

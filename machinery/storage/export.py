@@ -1,0 +1,74 @@
+"""The trained network for use elsewhere, in a folder or `s3://bucket/prefix`."""
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from machinery.storage.places import open_place, write_errors
+
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel as Proto
+
+FLAG = "--export-dir"
+
+MODEL = "saved_model.pb"  # an exported network is there once this file is
+
+MARK = "exported-by-driver"  # the file that says that the rest is this program's
+
+SCRATCH = ".export-"  # how the folder's name begins in which one is written
+
+
+class SavedModel:
+    """A place for the exported network, which is there in one piece or not at all."""
+
+    def __init__(self, place):
+        """Name where it goes; InputError if that cannot be written or holds another program's model."""
+        options = {"mark": rf"{MARK}|{SCRATCH}.*", "ours": f"{MODEL}|variables.*|fingerprint.pb"}
+        self._folder = open_place(FLAG, place, **options, unmarked=_is_export)
+        self.place = self._folder and self._folder.place
+        for killed in self._folder.path.glob(f"{SCRATCH}*") if place else ():
+            shutil.rmtree(killed, ignore_errors=True)
+
+    def exists(self):
+        """Whether there is an export already."""
+        return MODEL in self._folder.names(MODEL)
+
+    def write(self, network, mean):
+        """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
+
+        An older export is replaced: its saved_model.pb goes first, and the new one comes last, so that
+        nobody loads one model's graph with another's weights. A folder stays the same one, since it can
+        be a mount point.
+        """
+        folder = self._folder.path
+        with write_errors(FLAG, self.place):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+                network.export(str(Path(scratch) / "new"), mean)
+                (folder / MARK).write_text("driver.py may replace what it has exported here.\n")
+                self._folder.upload(MARK)
+                self._folder.delete(MODEL)
+                self._move(Path(scratch))
+
+    def _move(self, scratch):
+        entries = sorted((scratch / "new").iterdir(), key=lambda path: path.name == MODEL)
+        for entry in entries:
+            there = self._folder.path / entry.name
+            if there.exists():
+                there.rename(scratch / f"old-{entry.name}")
+            entry.rename(there)
+            for file in sorted(there.rglob("*")) if there.is_dir() else [there]:
+                self._folder.upload(file.relative_to(self._folder.path).as_posix())
+
+
+def _is_export(folder):
+    """Whether a model without a mark is one that this program has exported before it had marks."""
+    if MODEL not in folder.names(MODEL):
+        return False
+    folder.download(MODEL)
+    model = Proto()
+    with contextlib.suppress(DecodeError):
+        model.ParseFromString((folder.path / MODEL).read_bytes())
+    signatures = [graph.signature_def["serving_default"] for graph in model.meta_graphs]
+    return [([*s.inputs], [*s.outputs]) for s in signatures] == [(["images"], ["probabilities"])]

@@ -1,0 +1,166 @@
+"""The bytes of images, as pixels or as small JPEGs."""
+
+import io
+import re
+
+from machinery.errors import ImageError, one_line
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageChops, UnidentifiedImageError
+
+IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
+
+CROP_SIZE = 224  # side of the square crop of it that the network sees, pixels (paper, section 4.1)
+
+# Bytes of an image in each form that it can be stored in; as a JPEG, on an average of ILSVRC-2012.
+STORED_BYTES = {"pixels": IMAGE_SIZE * IMAGE_SIZE * 3, "jpeg": 24_000}
+
+MAX_PIXELS = 64 * 2**20  # larger images are taken for decompression bombs; ImageNet's largest has 24 M
+
+MAX_RATIO = 2.5  # of sides, up to which cubic interpolation to twice the size wanted hardly aliases
+
+MAX_SCANS = 100  # of a progressive JPEG, which has some 10; with more, 1 MB can take hours
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be, whatever its name
+
+QUALITY = 90  # of images stored as JPEGs: 23 kB each, 3.1 grey levels off (benchmarks/quality.py)
+
+MAX_BYTES = 4 * MAX_PIXELS  # of a file; a larger one is no image
+
+# The first bytes of all that FORMATS names.
+_SIGNATURES = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|RIFF....WEBP", re.DOTALL)
+
+
+def kind_of(data):
+    """What a file is by its first 512 bytes: "image", "tar" or "other"."""
+    if _SIGNATURES.match(data):
+        return "image"
+    return "tar" if data[257:262] == b"ustar" else "other"
+
+
+class Jpegs:
+    """n images uint8 [height, width, 3] RGB as JPEGs: an eighth of the memory of their pixels.
+
+    They read like the array of their pixels: `shape`, `len`, and an image by its number.
+    """
+
+    def __init__(self, jpegs, size):
+        """Take a list of JPEGs (bytes or uint8 arrays) of images of a size [height, width]."""
+        self._data = np.concatenate([np.frombuffer(jpeg, np.uint8) for jpeg in [b"", *jpegs]])
+        self._ends = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=int)
+        self._size = tuple(size)
+
+    @property
+    def shape(self):
+        """(n, height, width, 3)."""
+        return (len(self), *self._size, 3)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, number):
+        return simplejpeg.decode_jpeg(self.jpeg(number), "RGB")
+
+    def jpeg(self, number):
+        """An image as it is stored: a view, uint8 [bytes]."""
+        return self._data[self._ends[number - 1] if number else 0 : self._ends[number]]
+
+
+def gathered(sources, chosen):
+    """Images of one batch or more, in the form that they have there: an array of pixels, or Jpegs.
+
+    `chosen` are their numbers, which count on from one batch to the next.
+    """
+    first, as_jpegs = sources[0], isinstance(sources[0], Jpegs)
+    stored = [each.jpeg(i) if as_jpegs else each[i] for each in sources for i in range(len(each))]
+    some = [stored[number] for number in chosen]
+    return Jpegs(some, first.shape[1:3]) if as_jpegs else np.stack(some)
+
+
+def decode_image(data, size):
+    """One encoded image as uint8 [height, width, 3] RGB, resized with an antialiasing filter.
+
+    Colour JPEGs, nearly all of ImageNet, take libjpeg-turbo and OpenCV; Pillow decides on the rest.
+    Raises ImageError.
+    """
+    pixels, _ = _decode(data, size)
+    return pixels
+
+
+def small_jpeg(data, size):
+    """One encoded image as the bytes of a JPEG of this size: as they are, if they are one already.
+
+    simplejpeg, unlike Pillow, lets other threads run. Raises ImageError.
+    """
+    pixels, as_they_are = _decode(data, size)
+    return data if as_they_are else simplejpeg.encode_jpeg(pixels, QUALITY, "RGB", "420")
+
+
+def _decode(data, size):
+    """`decode_image`, and whether the bytes are a JPEG of just these pixels."""
+    height, width = size
+    if data.startswith(b"\xff\xd8") and _count_scans(data) > MAX_SCANS:
+        raise ImageError("too many scans for a JPEG")
+    try:
+        h, w, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space in ("YCbCr", "RGB", "Gray") and h * w <= MAX_PIXELS:
+            # min_factor=2: only halving while decoding is fast (and never below the size wanted).
+            least = {"min_height": height, "min_width": width}
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_factor=2, **least)
+            if (h, w) == (height, width):
+                return pixels, True
+            if h >= height and w >= width:
+                return _shrink(pixels, size), False
+            return _resize(Image.fromarray(pixels), size), False
+    except ValueError as error:
+        if "premature end" in str(error).lower():  # Pillow would fill the rest of some with grey
+            raise ImageError("cut or corrupt JPEG") from error
+    return _decode_with_pillow(data, size), False
+
+
+def _count_scans(data):
+    # By NumPy: bytes.count takes six times as long, a twentieth of decoding a photo.
+    values = np.frombuffer(data, np.uint8)
+    return np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA))
+
+
+def _shrink(pixels, size):
+    """Pixels that are no smaller than `size` in this size, antialiased.
+
+    From nearby sizes by cubic interpolation to twice the size, then the mean of each 2x2: half the time
+    of INTER_AREA at once, and nearer to Lanczos.
+    """
+    height, width = size
+    if max(pixels.shape[0] / height, pixels.shape[1] / width) <= MAX_RATIO:
+        pixels = cv2.resize(pixels, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _resize(image, size):
+    return np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def _decode_with_pillow(data, size):
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"too large: {image.width}x{image.height} pixels")
+            image.draft("RGB", size[::-1])
+            return _resize(_to_rgb(image), size)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("no image") from error
+    except Exception as error:  # a damaged file can raise anything from any of Pillow's parsers
+        raise ImageError(f"no readable image ({one_line(error)[:80]})") from error
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # 16-bit grey: scaled, where convert() would clip
+        grey = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "CMYK" and "adobe" not in image.info:  # Pillow takes every CMYK JPEG for Adobe's,
+        image = ImageChops.invert(image)  # in which 255 is no ink
+    return image.convert("RGB")

@@ -1,0 +1,238 @@
+"""The places that results go to: a folder, or `s3://bucket/prefix`.
+
+They are tried at the start of a run, the way that they will be used.
+"""
+
+import contextlib
+import fcntl
+import logging
+import re
+import tempfile
+import uuid
+from concurrent.futures import FIRST_COMPLETED, wait
+from pathlib import Path
+
+from machinery.errors import InputError, one_line
+from machinery.storage.s3 import AHEAD, PATIENT, PIECE, read_object, s3_errors, s3_resource
+from machinery.storage.tf1 import tf
+
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+say = logging.getLogger("driver").info
+
+# One plain put for a file of up to 4 GB: not every S3-compatible store knows uploads in parts.
+PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
+
+PARTS = TransferConfig(multipart_chunksize=PIECE, io_chunksize=PIECE, max_concurrency=AHEAD)
+
+# A store may take its time to answer once it has 500 MB of a checkpoint.
+AFTER_A_PUT = Config(read_timeout=30)
+
+
+def open_place(flag, place, mark, ours, unmarked=lambda folder: False):
+    """The folder that a flag names, tried as it will be used; None stays None.
+
+    `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
+    beside them. InputError if it cannot be written, or if such names are there without a mark, unless
+    `unmarked` says of the folder that they are this program's all the same.
+    """
+    place = checked_place(flag, place)
+    if place is None:
+        return None
+    folder = (S3Folder if place.startswith("s3://") else LocalFolder)(place)
+    with write_errors(flag, place):
+        folder.check()
+        names = folder.names()
+        there = [name for name in names if re.fullmatch(ours, name)]
+        marked = any(re.fullmatch(mark, name) for name in names)
+        foreign = there and not marked and not unmarked(folder)
+    if foreign:
+        why = f"{one_line(there[0])} there is another program's"
+        raise InputError(f"{flag} {place}: {why}; name another place")
+    return folder
+
+
+def checked_place(flag, place, remote=True):
+    """A place as a flag names it, with ~ as the home folder; None stays None.
+
+    InputError if it is of a kind that is not supported (S3 is only if `remote`), or would be lost.
+    """
+    if place is None:
+        return None
+    kinds = "name a folder or s3://bucket/prefix" if remote else "name a local folder"
+    scheme, slashes, rest = re.match("([A-Za-z][A-Za-z0-9+.-]*:)?(/*)(.*)", place, re.DOTALL).groups()
+    if not place or (scheme and slashes):
+        if not (remote and scheme and scheme.lower() == "s3:" and slashes == "//" and rest):
+            raise InputError(f"{flag} {place}: {kinds}")
+        return f"s3://{rest}"
+    with write_errors(flag, place):
+        folder = Path(place).expanduser()
+        if "working_dir_files" in folder.resolve().parts:
+            lost = "lies in the job's copy of its working directory, which Ray throws away"
+            raise InputError(f"{flag} {place}: {lost}; {kinds}, by its absolute path")
+    return str(folder)
+
+
+@contextlib.contextmanager
+def write_errors(flag, place):
+    """Turn what the disk and TensorFlow's writers raise into an InputError that names the flag."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter: no such user's home
+        raise InputError(f"{flag} {place}: {getattr(error, 'strerror', None) or error}") from error
+    except tf.errors.OpError as error:
+        said = [line for line in error.message.splitlines() if "; " in line] or [one_line(error)]
+        raise InputError(f"{flag} {place}: {said[0].rpartition('; ')[2][:200]}") from error
+
+
+def as_they_end(jobs):
+    """Yield each of a set of futures once it has ended.
+
+    A signal that comes just before a wait without an end, as in `as_completed`, is heard only after it.
+    """
+    while jobs:
+        ended, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
+        yield from ended
+
+
+class LocalFolder:
+    """A folder on a disk of this machine. Files are written to `path`, where they stay."""
+
+    def __init__(self, place):
+        """Name the folder; nothing is there yet."""
+        self.place, self.path, self._lock = place, Path(place).resolve(), None
+
+    def check(self):
+        """Make the folder, and try to write there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=".check-") as scratch:
+            (Path(scratch) / "a").write_bytes(b"a")
+            (Path(scratch) / "a").rename(self.path / f"{Path(scratch).name}.a")
+            (self.path / f"{Path(scratch).name}.a").unlink()
+
+    def names(self, start=""):
+        """Names of the files and folders, or of those whose name starts so."""
+        return [path.name for path in self.path.iterdir() if path.name.startswith(start)]
+
+    def lock(self, flag, mark):
+        """Make the folder this run's, by a lock on a file that ends with the process."""
+        self._lock = (self.path / f"{mark}.lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{flag} {self.place}: another run saves here") from error
+        except OSError as error:
+            say(f"{self.place} has no locks ({error.strerror}): a second run here goes unnoticed")
+
+    def claim(self):
+        """The lock has it already."""
+
+    check_claim = claim
+
+    def upload(self, name):
+        """A file is there once it is written."""
+
+    download = upload
+
+    def delete(self, name):
+        """Delete a file."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def close(self):
+        """Leave the folder to others."""
+        if self._lock:
+            self._lock.close()
+
+
+class S3Folder:
+    """A folder in S3, `s3://bucket/prefix`, of files that go up from, and come down to, `path`.
+
+    Every method raises InputError where S3 does not do it.
+    """
+
+    def __init__(self, place):
+        """Name the folder; nothing is asked of S3 yet."""
+        self.place = place
+        name, _, prefix = place.removeprefix("s3://").partition("/")
+        self.prefix = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
+        with s3_errors(name):
+            self.bucket = s3_resource(PATIENT.merge(AFTER_A_PUT)).Bucket(name)
+        self._scratch = tempfile.TemporaryDirectory()
+        self.path, self._owner, self._run = Path(self._scratch.name), None, uuid.uuid4().hex
+
+    def _errors(self, name):
+        return s3_errors(self.bucket.name, self.prefix + name)
+
+    def check(self, only_puts=False):
+        """Raise InputError unless a file can be put here and, without `only_puts`, read and deleted."""
+        name = ".check" if only_puts else f".check-{uuid.uuid4().hex}"
+        with self._errors(name):
+            file = s3_resource().Object(self.bucket.name, self.prefix + name)
+            file.put(Body=b"This may be deleted.")
+            if only_puts:
+                with contextlib.suppress(ClientError):
+                    file.delete()
+                return
+            self.names(name)
+            file.get()["Body"].read()
+            file.delete()
+
+    def names(self, start=""):
+        """Names of the files, or of those whose name starts so."""
+        with self._errors(""):
+            listed = self.bucket.objects.filter(Prefix=self.prefix + start)
+            return [obj.key.removeprefix(self.prefix) for obj in listed]
+
+    def lock(self, flag, mark):
+        """Name the file that says whose this is: there are no locks in S3, see `claim`."""
+        self._owner = f"{mark}.owner"
+
+    def claim(self):
+        """Make this place this run's: the last to begin has it, and others see that as they save."""
+        (self.path / self._owner).write_text(self._run)
+        self.upload(self._owner)
+
+    def check_claim(self):
+        """InputError if another run has claimed this place."""
+        if self._owner not in self.names(self._owner):  # someone has cleaned up
+            self.claim()
+        self.download(self._owner)
+        if (self.path / self._owner).read_text() != self._run:
+            raise InputError(f"{self.place}: another run saves here now")
+
+    def upload(self, name):
+        """Put a file of `path`."""
+        with self._errors(name):
+            self.bucket.upload_file(str(self.path / name), self.prefix + name, Config=PLAIN_PUTS)
+
+    def upload_stream(self, stream, name, metadata):
+        """Put what a file object has to read, with a dict of metadata; some twelve parts are in memory.
+
+        If reading raises, nothing is put. Threads may call this and `metadata` at the same time.
+        """
+        with self._errors(name):
+            put, options = self.bucket.meta.client.upload_fileobj, {"Metadata": metadata}
+            put(stream, self.bucket.name, self.prefix + name, ExtraArgs=options, Config=PARTS)
+
+    def metadata(self, name):
+        """The metadata that a file was put with."""
+        with self._errors(name):
+            head = self.bucket.meta.client.head_object
+            return head(Bucket=self.bucket.name, Key=self.prefix + name)["Metadata"]
+
+    def download(self, name):
+        """Get a file into `path`."""
+        key = self.prefix + name
+        read_object(self.bucket.meta.client, self.bucket.name, key, self.path / name)
+
+    def delete(self, name):
+        """Delete a file, also that of `path`."""
+        (self.path / name).unlink(missing_ok=True)
+        with self._errors(name):
+            self.bucket.Object(self.prefix + name).delete()
+
+    def close(self):
+        """Throw `path` away."""
+        self._scratch.cleanup()

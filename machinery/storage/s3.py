@@ -1,0 +1,267 @@
+"""How this program reaches S3: its settings, its patience, how it reads, and its errors in one line."""
+
+import contextlib
+import functools
+import io
+import math
+import os
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from machinery.errors import InputError, one_line
+
+import boto3
+from boto3.exceptions import Boto3Error, S3UploadFailedError
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
+
+STORM = 30  # seconds for which a piece is asked for anew if every attempt breaks off
+
+PIECE = 8 * 2**20  # bytes of one request
+
+AHEAD = 4  # pieces that are fetched while one is used
+
+ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as PATIENT says
+
+# Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
+# A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
+# Checksums "when_required" save a HEAD request an object, which costs as much as decoding a photo, and
+# some S3-compatible stores refuse those that boto3 sends by itself.
+CHECKSUMS = {
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+}
+PATIENT = Config(
+    connect_timeout=5,
+    read_timeout=10,
+    retries={"mode": "standard", "total_max_attempts": 10},
+    max_pool_connections=32,
+    **CHECKSUMS,
+)
+# The driver's own few requests fail within a minute when nothing answers.
+IMPATIENT = Config(
+    connect_timeout=5,
+    read_timeout=10,
+    retries={"mode": "standard", "total_max_attempts": 3},
+    **CHECKSUMS,
+)
+
+
+def s3_resource(config=None, **where):
+    """A boto3 S3 resource of the ordinary AWS settings; `where` is an endpoint and region, if given.
+
+    AWS_REGION counts before AWS_DEFAULT_REGION, as in all of AWS's tools but boto3.
+    """
+    where = {"region_name": os.environ.get("AWS_REGION") or None} | where
+    return boto3.resource("s3", config=config or IMPATIENT, **where)
+
+
+def data_client(config=None, access=(), **where):
+    """A boto3 S3 client to read the data with; `access` and `where` are what `s3_location` says."""
+    config = config or IMPATIENT
+    if "anonymous" in access:
+        config = config.merge(Config(signature_version=UNSIGNED))
+    client = s3_resource(config, **where).meta.client
+    if "requester pays" in access:
+        for operation in ("ListObjects", "GetObject", "HeadObject"):
+            client.meta.events.register(f"provide-client-params.s3.{operation}", _let_requester_pay)
+    return client
+
+
+_client = functools.cache(data_client)  # a new one takes 50 ms
+
+
+def _let_requester_pay(params, **_):
+    return params | {"RequestPayer": "requester"}
+
+
+def s3_location():
+    """What `data_client` needs elsewhere: endpoint (only one that is configured), region and access.
+
+    Credentials are not part of it: every node has its own. AWS_NO_SIGN_REQUEST and AWS_REQUEST_PAYER,
+    named as GDAL names them, say how the data is reached if not by one's own credentials and account.
+    """
+    plain = s3_resource(IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta.client.meta
+    meta = s3_resource().meta.client.meta
+    where = {"region_name": meta.region_name}
+    if meta.endpoint_url != plain.endpoint_url:
+        where["endpoint_url"] = meta.endpoint_url
+    anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1")
+    pays = os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester"
+    access = [*(["anonymous"] if anonymous else []), *(["requester pays"] if pays else [])]
+    return where | ({"access": tuple(access)} if access else {})
+
+
+class Tar(NamedTuple):
+    """A tar, or another object, as it is listed; `size` is in bytes."""
+
+    key: str
+    etag: str
+    size: int
+
+
+class Bucket(NamedTuple):
+    """A bucket as a source of data, also on other nodes. `where` is that of `s3_location`."""
+
+    name: str
+    where: dict
+    kind: str = "bucket"
+
+    @classmethod
+    def named(cls, text):
+        """The bucket of a name, which may be written as s3://name/; InputError if a prefix follows."""
+        name = re.sub("^s3://", "", text, flags=re.IGNORECASE).rstrip("/")
+        if not name or ("/" in name and not name.startswith("arn:")):
+            hint = "name the bucket alone; what follows it goes into --key-prefix"
+            raise InputError(f"--s3-bucket {one_line(text)}: {hint}")
+        with s3_errors(name):
+            return cls(name, s3_location())
+
+    def __str__(self):
+        return f"s3://{self.name}"
+
+    def keys(self, prefix, most=math.inf):
+        """All that lies below a prefix, by key: a list of Tar; no more pages than `most` need."""
+        found = []
+        with s3_errors(self.name):
+            pages = data_client(**self.where).get_paginator("list_objects").paginate
+            for page in pages(Bucket=self.name, Prefix=prefix):
+                found += [Tar(o["Key"], o["ETag"], o["Size"]) for o in page.get("Contents", [])]
+                if len(found) >= most:
+                    break
+        return found
+
+    def open(self, tar):
+        """A Tar as a file."""
+        return S3File(_client(PATIENT, **self.where), self.name, tar)
+
+    def start_of(self, tar, size):
+        """The first bytes of a Tar, so many or fewer."""
+        options = {"piece": size, "ahead": 0, "storm": 0}
+        with contextlib.closing(S3File(data_client(**self.where), self.name, tar, **options)) as file:
+            return file.read(size)
+
+    def read(self, key):
+        """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
+        return read_object(data_client(PATIENT, **self.where), self.name, key)
+
+
+def read_object(client, bucket, key, path=None):
+    """One object as bytes, or into a file; InputError if it is unreadable, or changes meanwhile."""
+    with s3_errors(bucket, key):
+        head = client.head_object(Bucket=bucket, Key=key)
+    tar = Tar(key, head["ETag"], head["ContentLength"])
+    with contextlib.closing(S3File(client, bucket, tar)) as file:
+        if path is None:
+            return file.read()
+        with path.open("wb") as out:
+            return shutil.copyfileobj(file, out, PIECE)
+
+
+class S3File:
+    """An object in S3 as a file to read forwards: threads fetch the next pieces ahead of time.
+
+    What lies behind is let go: `ahead` + 1 pieces are in memory. Raises InputError if the object is
+    unreadable or has changed since it was listed.
+    """
+
+    def __init__(self, client, bucket, tar, storm=STORM, piece=PIECE, ahead=AHEAD):
+        """Nothing is asked of S3 yet. `tar` is a Tar; `piece` is in bytes, `storm` in seconds."""
+        self._client, self._bucket, self._tar = client, bucket, tar
+        self._storm, self._piece, self._ahead, self._place = storm, piece, ahead, 0
+        # Number -> Future of its bytes.
+        self._pieces, self._threads = {}, ThreadPoolExecutor(max(1, ahead))
+
+    def close(self):
+        """Begin to fetch nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def tell(self):
+        """The number of the next byte."""
+        return self._place
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        """Go to a byte, and return its number."""
+        self._place = offset + (self._tar.size if whence == io.SEEK_END else 0)
+        return self._place
+
+    def read(self, size=None):
+        """The next bytes: so many, or all to the end."""
+        end = self._tar.size if size is None else min(self._place + size, self._tar.size)
+        read = []
+        while self._place < end:
+            number, skipped = divmod(self._place, self._piece)
+            read.append(self._get(number)[skipped : skipped + end - self._place])
+            self._place += len(read[-1])
+        return b"".join(read)
+
+    def _get(self, number):
+        wanted = range(number, min(number + self._ahead + 1, math.ceil(self._tar.size / self._piece)))
+        for behind in self._pieces.keys() - set(wanted):
+            self._pieces.pop(behind).cancel()
+        for n in wanted:
+            if n not in self._pieces:
+                self._pieces[n] = self._threads.submit(self._fetch, n * self._piece)
+        with s3_errors(self._bucket, self._tar.key):
+            return self._pieces[number].result()
+
+    def _fetch(self, start):
+        stop = min(start + self._piece, self._tar.size)
+        what = {"Bucket": self._bucket, "Key": self._tar.key, "Range": f"bytes={start}-{stop - 1}"}
+        deadline, attempts = time.monotonic() + self._storm, 0
+        while True:
+            attempts += 1
+            try:  # boto3 tries a request again, but not one whose body breaks off
+                data = self._client.get_object(**what, IfMatch=self._tar.etag)["Body"].read()
+                if len(data) != stop - start:
+                    raise ValueError("S3 has sent other bytes than it was asked for")
+                return data
+            except S3_RETRYABLE_DOWNLOAD_ERRORS as error:
+                if attempts >= ATTEMPTS:
+                    if time.monotonic() > deadline:
+                        raise BrokenOff(error) from error
+                    time.sleep(2)
+
+
+class BrokenOff(Exception):  # noqa: N818, it says what has happened
+    """Every attempt to read something broke off; the last one by the error that is given."""
+
+
+def explain(error):
+    """One line for an error of S3: what S3 or the network said, and what to do about it."""
+    if isinstance(error, BrokenOff):
+        return f"every attempt to read it broke off ({explain(error.args[0])}): start again"
+    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+    if code in ("PreconditionFailed", "412"):
+        return "has changed since it was listed: start again with the new data"
+    if isinstance(error, S3UploadFailedError) and error.__context__:
+        return explain(error.__context__)
+    if code == "NoSuchBucket":
+        return "no such bucket; check its name, AWS_ENDPOINT_URL and the region"
+    if code in ("404", "NoSuchKey"):
+        return "there is no such key; check the flag that names it"
+    if code in ("403", "AccessDenied"):
+        return "access denied; check the credentials and the bucket's policy"
+    if code == "InvalidObjectState":
+        return "lies in an archive storage class; restore it first"
+    if type(error).__name__ == "ParamValidationError" and "Invalid bucket name" in str(error):
+        return "no bucket can have this name"
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        hint = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return f"{one_line(error)}; {hint}"
+    return one_line(error)
+
+
+@contextlib.contextmanager
+def s3_errors(bucket, key=""):
+    """Turn whatever boto3 raises into an InputError that names bucket and key."""
+    try:
+        yield
+    except (BotoCoreError, Boto3Error, ClientError, BrokenOff, OSError, ValueError) as error:
+        place = f"{bucket}/{one_line(key)}" if key else bucket
+        raise InputError(f"s3://{place}: {explain(error)}") from error

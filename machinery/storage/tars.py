@@ -1,0 +1,145 @@
+"""The members of a tar, whole or damaged, and the images among them."""
+
+import io
+import tarfile
+from collections import namedtuple
+
+from machinery.errors import ImageError
+from machinery.storage.images import MAX_BYTES, Jpegs, decode_image, kind_of, small_jpeg
+
+import numpy as np
+
+MAX_HEADER = 2**20  # bytes of a header about the next member; it would be read whole
+
+MAX_HEADERS = 8  # of such headers about one member; hostile ones would lead deep down
+
+ITSELF = "the tar itself"  # the name under which damage to a tar is left out
+
+A_TAR = "a tar, no image"  # why a tar within a tar is left out
+
+# How much of a tar is one batch, at most. A tar of ImageNet, of up to 1,300 images, is one part.
+Part = namedtuple("Part", "images bytes")
+PART = Part(2000, 2**28)
+
+
+def decode_part(tar, size, stored="pixels", start=0, most=PART):
+    """Decode the images of a part of a tar, and store them in a form, "pixels" or "jpeg".
+
+    `tar` is a file object, `start` the byte at which the part begins, 0 or the `rest` of the part
+    before; it ends with the tar, or after so many images or bytes. Returns images uint8 [n, height,
+    width, 3] or Jpegs, their n names in the tar, (name, reason) of what was left out: members that are
+    no regular file or no readable image, and damage to the tar itself; and `rest`, the byte at which
+    the next part begins, None after the last one.
+    """
+    end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
+    # What no image is written to takes no memory.
+    images = [] if as_jpegs else np.empty((most.images, *size, 3), np.uint8)
+    names, left_out = [], []
+    for place, member in walk(tar, start, end):
+        if len(names) == most.images or place - start >= most.bytes:
+            return _in_form(images, names, size), names, left_out, place
+        if member and member.isdir():
+            continue
+        try:
+            data = _content(tar, place, member, end)
+            if as_jpegs:
+                images.append(small_jpeg(data, size))
+            else:
+                images[len(names)] = decode_image(data, size)
+        except ImageError as error:
+            left_out.append((member.name if member else ITSELF, str(error)))
+        else:
+            names.append(member.name)
+    tar.seek(max(0, end - tarfile.BLOCKSIZE))
+    if any(tar.read()):
+        left_out.append((ITSELF, "cut: its end mark is missing"))
+    if not start and not names and all(name == ITSELF for name, _ in left_out):
+        left_out = [(ITSELF, "empty, or no tar")]
+    return _in_form(images, names, size), names, left_out, None
+
+
+def _in_form(images, names, size):
+    return Jpegs(images, size) if isinstance(images, list) else images[: len(names)]
+
+
+def _content(tar, place, member, end):
+    """The bytes of a member that `walk` has found at a place of a tar."""
+    if not member or member.size < 0:
+        raise ImageError(f"damaged at byte {place}")
+    if not member.isreg() or member.issparse():
+        raise ImageError("no regular file")
+    if member.offset_data + member.size > end:
+        raise ImageError("cut off by the end of the tar")
+    if member.size > MAX_BYTES:
+        raise ImageError(f"too large: {member.size} bytes")
+    tar.seek(member.offset_data)
+    data = tar.read(member.size)
+    if kind_of(data) == "tar":
+        raise ImageError(A_TAR)
+    return data
+
+
+def walk(file, start, end):
+    """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage.
+
+    `tarfile` skips what is no header. Where it gives up, it begins anew one block behind. The walk can
+    begin at any place that it has given, and goes forwards only.
+    """
+    place, archive, header = start, None, _header_class(file)
+    while place < end:
+        try:
+            if archive is None:
+                file.seek(place)
+                options = {"encoding": "utf-8", "errors": "replace", "ignore_zeros": True}
+                archive = tarfile.TarFile(fileobj=file, tarinfo=header, **options)
+            member = archive.next()
+        except (tarfile.TarError, OverflowError, ValueError):
+            archive, place = None, max(place, header.last) + tarfile.BLOCKSIZE
+            continue
+        if header.damaged is not None:
+            yield header.damaged, None
+            header.damaged = None
+        if member is None:
+            return
+        place = archive.offset  # before the caller reads
+        yield member.offset, member
+        archive.members.clear()  # or a million of them would take 2 GB
+        archive.pax_headers.clear()  # a global header names nothing
+        if place < member.offset_data:  # of a negative size
+            archive, place = None, member.offset_data
+    if header.damaged is not None:
+        yield header.damaged, None
+
+
+def _header_class(file):
+    """The class of the headers of one walk through a file, which notes what is no header.
+
+    `last` is the place of the last block that was taken for a header, `damaged` that of the first one
+    since the last member that is none.
+    """
+
+    class Header(tarfile.TarInfo):
+        last, damaged, _in_a_row = -1, None, 0
+
+        @classmethod
+        def frombuf(cls, block, encoding, errors):
+            cls.last = file.tell() - len(block)
+            try:
+                header = super().frombuf(block, encoding, errors)
+                extended = header.type in _EXTENDED
+                cls._in_a_row = cls._in_a_row + 1 if extended else 0
+                too_long = extended and (header.size > MAX_HEADER or cls._in_a_row > MAX_HEADERS)
+                if header.size < 0 or too_long:
+                    raise tarfile.InvalidHeaderError("hostile")
+                return header
+            except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
+                cls._in_a_row = 0
+                cls.damaged = cls.last if cls.damaged is None else cls.damaged
+                raise
+
+    return Header
+
+
+# Headers of more about the next member: GNU's of long names, those of PAX.
+_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_EXTENDED += (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
