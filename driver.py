@@ -7,15 +7,14 @@ modules hold the details. Edit the hyperparameters here, in the source.
 """
 
 import argparse
-import dataclasses
 import itertools
 import logging
 import math
 import os
 import signal
-from collections import namedtuple
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:  # no file may get the number of a standard stream
@@ -26,7 +25,9 @@ import alexnet
 import functions
 import imagenet
 from machinery import constants, ending, results
-from machinery.cluster import joining, nodes, pool, tasks
+from machinery.cluster import joining, nodes, tasks
+from machinery.cluster.pool import Pool, Setup
+from machinery.results import is_due
 from machinery.storage.images import IMAGE_SIZE, STORED_BYTES
 from machinery.storage.tars import PART
 
@@ -48,6 +49,7 @@ ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at m
 VALIDATE_EVERY = 1000  # iterations between two validations, 0: none; one follows the last iteration
 CHECKPOINT_EVERY = 500  # iterations between two checkpoints, 0: none. The last iteration is always one,
 # and so is each validation that is the best so far.
+CHECKPOINT_MINUTES = 10  # minutes after which a checkpoint is due in any case, 0: never
 CHECK_TARS = True  # False: a run resumes even if keys or ETags of tars are not those that it began with
 LEARNING_RATE = 0.005  # step size for LEARNING_RATE_IMAGES; the paper's 0.01 is for 128
 LEARNING_RATE_IMAGES = 40  # images of an iteration that it is for
@@ -66,95 +68,83 @@ LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
 
 
-# What an iteration is, from a run's first start on, and the form in which the images are stored.
-Plan = namedtuple("Plan", "mini_batches precision stored")
+class Plan(NamedTuple):
+    """What an iteration is, from a run's first start on, and the form in which images are stored."""
+
+    mini_batches: int
+    precision: str
+    stored: str
+
+    @property
+    def images(self):
+        """The images of an iteration."""
+        return self.mini_batches * MINI_BATCH
 
 
 def train(args, start, report, outcome, stop, cluster):
     """The write-up, chapter by chapter: load, label, shuffle, then synchronous data-parallel SGD."""
     # ---- Where to begin: at a checkpoint of the same network and seed, or at iteration 0
-    settings = settings_of(start.facts)
-    fixed = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "STORED", "SHUFFLE_ROUNDS"]
-    start.must_match(settings, fixed)
+    start.must_match(*settings_of(start.facts))
 
     # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
-    tars, held_out_tars = find(args.source, args.key_prefix), find(args.source, args.val_prefix)
-    plan = plan_of(start.facts, args.source, tars + held_out_tars)
-    training = load(args.source, args.key_prefix, tars, args.label_file, plan.stored)
-    start.must_match(training.fingerprints, fixed_data())
-    held_out = load(args.source, args.val_prefix, held_out_tars, args.val_label_file, plan.stored)
-    start.validate_on(held_out and held_out.fingerprints)
+    listed = imagenet.find(args.source, args.key_prefix, args.label_file)
+    listed_held_out = imagenet.find(args.source, args.val_prefix, args.val_label_file)
+    plan = plan_of(start.facts, args.source, listed.tars + listed_held_out.tars)
+    training = load(listed, plan.stored)
+    start.must_match(training.fingerprints, ["labels", "tars"] if CHECK_TARS else ["labels"])
+    held_out = load(listed_held_out, plan.stored)
+    start.validate_on(held_out.fingerprints)
 
     # ---- AlexNet: one network in each worker, and the local one, which is trained
-    workers = start_workers(min(how_many_workers(), plan.mini_batches), plan.precision, cluster)
-    images = plan.mini_batches * MINI_BATCH
-    local = alexnet.AlexNet(LAYERS, NUM_CLASSES, rule=update_rule(images))
+    pool = start_workers(min(how_many_workers(), plan.mini_batches), plan.precision, cluster)
+    local = alexnet.AlexNet(LAYERS, NUM_CLASSES, rule=update_rule(plan.images))
     rng = functions.generator(SEED, "initial weights")
-    local.restore(
-        start.take_state() or local.initial_state(INITIAL_WEIGHTS, rng), start.facts.iteration
-    )
+    local.restore(start.take_state() or local.initial_state(INITIAL_WEIGHTS, rng), start.iteration)
 
     # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
-    batches = functions.match(training)
-    held_out = functions.match(held_out) if held_out else []
-    mean_image = functions.mean_image(batches)
-    mean = ray.put(mean_image)
+    batches, held_out = functions.match(training), functions.match(held_out)
+    mean = ray.put(functions.mean_image(batches))
     functions.shuffle(batches, SHUFFLE_ROUNDS, SEED)
 
     # ---- Training: iteration i is about the weights that i steps have made
-    workers.wait()
-    epoch = sum(batch.count for batch in batches) / images
-    report.plan(args.iterations, epoch)
-    announce(args, start, plan, workers, epoch, cluster.can_grow)
-    start.must_match(machine := workers.machine())
-    run = settings | {"STORED": repr(plan.stored)} | training.fingerprints | machine
-    facts = dataclasses.replace(start.facts, **plan._asdict(), epoch=epoch, run=run)
-    outcome.begin(local, mean_image, facts)
-    draw = partial(
-        functions.draw_minibatches, workers.helpers, batches, MINI_BATCH, plan.mini_batches, SEED
-    )
-    minibatches = draw(start.facts.iteration)
-    report.start(start.facts.iteration, batches, mean)
-    for iteration in itertools.count(start.facts.iteration):
+    pool.wait()
+    epoch = sum(batch.count for batch in batches) / plan.images
+    announce(start, plan, pool.count, epoch, cluster.can_grow)
+    outcome.begin(local, ray.get(mean), start.go_on(pool.machine(), epoch=epoch, **plan._asdict()))
+    settings = pool.helpers, batches, plan.mini_batches, SEED
+    draw = partial(functions.draw_minibatches, *settings, MINI_BATCH)
+    draw_sample = partial(functions.draw_sample, *settings, ACCURACY_SAMPLE)
+    upcoming = draw(start.iteration)
+    report.start(start.iteration, batches, mean)
+    for iteration in itertools.count(start.iteration):
         # The local network's weights go into the object store once, and from there to every worker.
-        workers.update_weights(iteration, ray.put(local.weights(plan.precision)))
-        upcoming = draw(iteration + 1)  # the next mini-batches, ahead of time, beside all that follows
+        pool.update_weights(iteration, ray.put(local.weights(plan.precision)))
+        minibatches, upcoming = upcoming, draw(iteration + 1)  # ahead of time, beside all that follows
         report.lap("broadcast")
 
         # What these weights are worth: a validation, a checkpoint, or the end of the run.
-        last = iteration >= args.iterations
-        due = (last or is_due(iteration, VALIDATE_EVERY)) and not outcome.is_validated(iteration)
-        if held_out and due:
-            outcome.validation(*functions.validate(workers, held_out, mean))
-        if is_due(iteration, CHECKPOINT_EVERY):
-            outcome.save()
-        if last:
+        if held_out and outcome.needs_validation(iteration, VALIDATE_EVERY):
+            outcome.validation(*functions.validate(pool, held_out, mean))
+        outcome.save_if_due(iteration, CHECKPOINT_EVERY, CHECKPOINT_MINUTES)
+        if iteration >= args.iterations:
             break
         report.resume()
 
         # A gradient from each random mini-batch, and now and then an accuracy on a random batch.
-        sample = []
-        if is_due(iteration, ACCURACY_EVERY):
-            parts = plan.mini_batches
-            sample = functions.draw_sample(
-                workers.helpers, batches, ACCURACY_SAMPLE, parts, SEED, iteration
-            )
-        losses, accuracy = functions.compute_grad(
-            workers, minibatches, sample, mean, KEEP_PROBABILITY, SEED
-        )
+        sample = draw_sample(iteration) if is_due(iteration, ACCURACY_EVERY) else []
+        losses, top1 = functions.compute_grad(pool, minibatches, sample, mean, KEEP_PROBABILITY, SEED)
         if sample:
-            report.accuracy(iteration, accuracy)
+            report.accuracy(iteration, top1)
         report.lap("compute")
 
         # Their mean, plus weight decay, trains the local network.
-        gradients, norm = workers.mean_gradients(local.decays())
+        gradients, norm = pool.mean_gradients(local.decays())
         report.lap("gather")
         rate = local.rule.rate(iteration)
         with stop.held():  # a step is made whole
             local.apply(gradients, norm, rate)
         report.lap("apply")
-        report.iteration(iteration, losses, images, norm, rate)
-        minibatches = upcoming
+        report.iteration(iteration, losses, plan.images, norm, rate)
 
 
 def evaluate(args, start, report, outcome, stop, cluster):
@@ -162,47 +152,33 @@ def evaluate(args, start, report, outcome, stop, cluster):
 
     Its mean image centres the held-out images, so that no training image is needed. Nothing is saved.
     """
-    facts, wanted = start.facts, args.val_prefix is not None or args.export_dir is not None
-    about = f"this is about iteration {facts.iteration}"
-    hint = about if wanted else "--iterations can be more"
+    iteration, wanted = start.iteration, args.val_prefix is not None or args.export_dir is not None
+    hint = f"this is about iteration {iteration}" if wanted else "--iterations can be more"
     say(f"Nothing to train: {start.place} has iteration {start.reached} already; {hint}")
     if not wanted:
         return
     network = {"LAYERS": repr(LAYERS), "NUM_CLASSES": repr(NUM_CLASSES)}
     start.must_match(network, fixed=list(network))
     local = alexnet.AlexNet(LAYERS, NUM_CLASSES)
-    local.restore(start.take_state(), facts.iteration)
+    local.restore(start.take_state(), iteration)
     outcome.begin(local, start.mean)
-    report.plan(facts.iteration, facts.epoch)
+    report.plan(iteration, start.facts.epoch)
     if args.val_prefix is not None:
-        tars = find(args.source, args.val_prefix)
-        plan = plan_of(facts, args.source, tars)
-        held_out = load(args.source, args.val_prefix, tars, args.val_label_file, plan.stored)
-        workers = start_workers(how_many_workers(), plan.precision, cluster)
+        listed = imagenet.find(args.source, args.val_prefix, args.val_label_file)
+        plan = plan_of(start.facts, args.source, listed.tars)
+        held_out = load(listed, plan.stored)
+        pool = start_workers(how_many_workers(), plan.precision, cluster)
         held_out = functions.match(held_out)
-        workers.wait()
-        workers.update_weights(facts.iteration, ray.put(local.weights(plan.precision)))
-        outcome.validation(*functions.validate(workers, held_out, ray.put(start.mean)))
+        pool.wait()
+        pool.update_weights(iteration, ray.put(local.weights(plan.precision)))
+        outcome.validation(*functions.validate(pool, held_out, ray.put(start.mean)))
 
 
 def settings_of(facts):
-    """The constants above as texts, of a run that goes on from the Facts of a checkpoint."""
-    edited = {name: repr(value) for name, value in globals().items() if name.isupper()}
-    return edited | {"STORED": repr(STORED or facts.stored)}
-
-
-def fixed_data():
-    """What must be as it was at the first start: fingerprints of a functions.DataSet."""
-    return ["labels", "tars"] if CHECK_TARS else ["labels"]
-
-
-def find(source, prefix):
-    """The tars of a data set; none if there is no prefix."""
-    if prefix is None:
-        return []
-    tars, others = imagenet.list_tars(source, prefix)
-    say(f"{source}/{prefix}*: {len(tars)} tars, {others} other keys left out")
-    return tars
+    """The constants as texts, of a run that has the Facts of a checkpoint, and which must stay so."""
+    edited = {name: repr(globals()[name]) for name in [*constants.RULES, "LAYERS"]}
+    fixed = ["LAYERS", "NUM_CLASSES", "SEED", "MINI_BATCH", "STORED", "SHUFFLE_ROUNDS"]
+    return edited | {"STORED": repr(STORED or facts.stored)}, fixed
 
 
 def plan_of(facts, source, tars):
@@ -219,21 +195,19 @@ def plan_of(facts, source, tars):
     return Plan(mini_batches, precision, stored)
 
 
-def load(source, prefix, tars, label_file, stored):
-    """Start to load a data set's tars and labels: a functions.DataSet, which `match` waits for.
-
-    None if there are no tars. `stored` is the form of the images.
-    """
-    if not tars:
-        return None
+def load(listed, stored):
+    """Start to load a data set's tars and labels: a functions.Loading, which `match` waits for."""
+    if not listed.tars:
+        return functions.Loading(listed, [], None, None)
     # One remote task a tar downloads and decodes it into the object store, a large tar in parts.
-    loaded = imagenet.load_tarfiles_from_s3(source, tars, [IMAGE_SIZE, IMAGE_SIZE], stored)
+    size = [IMAGE_SIZE, IMAGE_SIZE]
+    loaded = imagenet.load_tarfiles_from_s3(listed.source, listed.tars, size, stored)
     # The label file's table goes into the object store once, for every `convert`.
-    labels = imagenet.read_labels(source, label_file, NUM_CLASSES)
+    labels = imagenet.read_labels(listed.source, listed.label_file, NUM_CLASSES)
     imagepairs = ray.put(functions.LabelTable(labels))
-    etags = {tar.key: tar.etag for tar in tars}
+    etags = {tar.key: tar.etag for tar in listed.tars}
     fingerprints = {"tars": imagenet.digest(etags), "labels": imagenet.digest(labels)}
-    return functions.DataSet(source, prefix, label_file, tars, loaded, imagepairs, fingerprints)
+    return functions.Loading(listed, loaded, imagepairs, fingerprints)
 
 
 def share():
@@ -250,8 +224,8 @@ def start_workers(count, precision, cluster):
     """A pool of workers, each of which begins to build its network. They end with the cluster."""
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES, "precision": precision}
     network |= {"threads": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-    setup = pool.Setup(count, share(), network, WORKER_TIMEOUT, WORKER_WAIT, cluster.can_grow)
-    return cluster.enter_context(pool.Pool(setup, cluster.actor, functions.Helper))
+    setup = Setup(count, share(), network, WORKER_TIMEOUT, WORKER_WAIT, cluster.can_grow)
+    return cluster.enter_context(Pool(setup, cluster.actor, functions.Helper))
 
 
 def update_rule(images):
@@ -261,20 +235,15 @@ def update_rule(images):
     return alexnet.Momentum(schedule, MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
 
 
-def announce(args, start, plan, workers, epoch, can_grow):
+def announce(start, plan, count, epoch, can_grow):
     """Say what is about to be trained, and from where on."""
     what = f"{plan.mini_batches} mini-batches of {MINI_BATCH} images, in {plan.precision}"
-    say(f"{workers.count} workers; an iteration is {what}, an epoch is {epoch:.5g} iterations")
+    say(f"{count} workers; an iteration is {what}, an epoch is {epoch:.5g} iterations")
     say(f"The learning rate is {update_rule(plan.mini_batches * MINI_BATCH).rate}")
-    if start.facts.iteration:
-        say(f"Resumed from {start.place} at iteration {start.facts.iteration}")
+    if start.iteration:
+        say(f"Resumed from {start.place} at iteration {start.iteration}")
     elif can_grow and not NUM_WORKERS:
         say("The number of mini-batches stays so. To wait for more workers, set NUM_WORKERS")
-
-
-def is_due(iteration, every):
-    """Whether it is time for what happens after every so many iterations; 0 is never."""
-    return every > 0 and iteration % every == 0
 
 
 def runtime_env():

@@ -27,9 +27,7 @@ import ray
 say = logging.getLogger("driver").info
 
 VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
-
 VALIDATION_STEP = 50  # images of a validation request that go through the network at once
-
 NO_LABEL = -1
 
 
@@ -37,9 +35,9 @@ NO_LABEL = -1
 # int32 [n].
 Batch = namedtuple("Batch", "images labels count")
 
-# A data set that is being loaded, from the tars below a prefix and a label file in a source: the tars,
-# an imagenet.Loaded for each, the reference of a LabelTable, fingerprints of all tars and labels.
-DataSet = namedtuple("DataSet", "source prefix label_file tars loaded imagepairs fingerprints")
+# An imagenet.DataSet that is being loaded: an imagenet.Loaded for each tar, the reference of a
+# LabelTable, fingerprints of all tars and labels.
+Loading = namedtuple("Loading", "data loaded imagepairs fingerprints")
 
 # Crops of images uint8 [n, 224, 224, 3], labels int32 [n], and where each crop lies in its image: int
 # [n, 3] of (top, left, mirrored).
@@ -100,17 +98,18 @@ def convert(filenames, imagepairs):
     return labels, report
 
 
-def match(data):
-    """Match each array of images with its array of labels: wait for a DataSet, return its batches.
+def match(loading):
+    """Match each array of images with its array of labels: wait for a Loading, return its batches.
 
-    Images without a label are dropped, and batches without an image. InputError if nothing is left. The
-    list of what is loaded is emptied, or its references would keep every batch twice.
+    Images without a label are dropped, and batches without an image. InputError if nothing is left of
+    tars. What is loaded is forgotten here, or its references would keep every batch twice.
     """
-    loaded = imagenet.report_loading(data.source, data.tars, data.loaded)
-    data.loaded.clear()
-    converted = [
-        tasks.start(convert, part.filenames, data.imagepairs, num_returns=2) for part in loaded
-    ]
+    data, table = loading.data, loading.imagepairs
+    if not data.tars:
+        return []
+    loaded = imagenet.report_loading(data, loading.loaded)
+    loading.loaded.clear()
+    converted = [tasks.start(convert, part.filenames, table, num_returns=2) for part in loaded]
     batches = []
     reports = ray.get(tasks.wait_for([report for _, report in converted], "Labels"))
     if doubtful := [name for report in reports for name in report["doubtful"]]:
@@ -256,7 +255,7 @@ def subtract_mean(minibatch, mean):
 # ---- what the driver asks workers and helpers for
 
 
-def draw_minibatches(helpers, batches, size, count, seed, iteration):
+def draw_minibatches(helpers, batches, count, seed, size, iteration):
     """An iteration's `count` Drawn mini-batches, each `size` images of a random batch."""
     chosen = random_batches(batches, [(seed, "batch", iteration, i) for i in range(count)])
     drawn = [
@@ -268,7 +267,7 @@ def draw_minibatches(helpers, batches, size, count, seed, iteration):
     return drawn
 
 
-def draw_sample(helpers, batches, size, parts, seed, iteration):
+def draw_sample(helpers, batches, parts, seed, size, iteration):
     """At most `size` images of a random batch, for an accuracy: in `parts` Drawn mini-batches."""
     [batch] = random_batches(batches, [(seed, "accuracy", iteration)])
     parts = min(parts, size, batch.count)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import re
@@ -22,11 +23,12 @@ import ray
 say = logging.getLogger("driver").info
 
 SEVERAL = -2  # the label of a name that has several, in several directories
-
 JPEG_BYTES = 110_000  # of an average ILSVRC-2012 photo
-
 HEAD = 2**20  # bytes of a tar by which the number of images in all tars is estimated
 
+
+# The tars below a prefix of a source, and the key of their label file; no tars if there is no prefix.
+DataSet = namedtuple("DataSet", "source prefix label_file tars")
 
 # References to what a load task makes of one part of a tar: n images uint8 [n, height, width, 3] RGB,
 # or Jpegs; n names as `in_directory` has them; a dict of `key`, `images` (n), `left_out` (a count),
@@ -45,15 +47,24 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def find(source, prefix, label_file):
+    """The DataSet of a prefix, which may be None."""
+    if prefix is None:
+        return DataSet(source, prefix, label_file, [])
+    tars, others = list_tars(source, prefix)
+    say(f"{source}/{prefix}*: {len(tars)} tars, {others} other keys left out")
+    return DataSet(source, prefix, label_file, tars)
+
+
 def list_tars(source, prefix):
     """The tars below a prefix in the order of their keys, and how many other keys there are.
 
     Raises InputError where the source cannot be listed or holds no tar below the prefix.
     """
-    listed = source.keys(prefix)
+    listed = list(source.keys(prefix))
     tars = [tar for tar in listed if tar.key.endswith(".tar")]
     if not tars:
-        keys = [one_line(tar.key) for tar in listed[:3] or source.keys("", most=3)[:3]]
+        keys = [one_line(tar.key) for tar in itertools.islice(listed or source.keys(""), 3)]
         there = f"there are: {', '.join(keys)}" if keys else f"the {source.kind} is empty"
         missing = f"no key with the prefix {one_line(prefix)!r} ends in .tar"
         raise InputError(f"{source}: {missing}; {there}")
@@ -103,8 +114,8 @@ def _place(source, tar):
     return f"{source}/{one_line(tar.key)}"
 
 
-def report_loading(source, tars, loaded):
-    """Wait for tars that are loaded, a list of Loaded, and start to load the rest of large ones.
+def report_loading(data, loaded):
+    """Wait for the tars of a DataSet, a Loaded for each, and start to load the rest of large ones.
 
     Returns all parts of all tars, in order. Shows how far it is, by a progress bar on a terminal and by
     lines elsewhere, and then says what was left out and why.
@@ -114,10 +125,9 @@ def report_loading(source, tars, loaded):
     left = set(numbers)
 
     def what():
-        named = ", ".join(
-            _place(source, tars[number]) for number in sorted(numbers[ref] for ref in left)[:3]
-        )
-        return f"Loading: {len(left)} tars are still read ({named}{', ...' * (len(left) > 3)})"
+        first = [data.tars[number] for number in sorted(numbers[ref] for ref in left)[:3]]
+        named = ", ".join(_place(data.source, tar) for tar in first) + ", ..." * (len(left) > 3)
+        return f"Loading: {len(left)} tars are still read ({named})"
 
     with terminal.bar(total=len(left), desc="Loading", unit="tar") as bar:
         for ref in tasks.wait(left, what):
@@ -134,7 +144,7 @@ def report_loading(source, tars, loaded):
             bar.update()
             if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
                 say(f"Loading: {ended} of {count} tars, {images} images")
-    say_left_out(source, reports)
+    say_left_out(data.source, reports)
     return [part for some in parts for part in some]
 
 

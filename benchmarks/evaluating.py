@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import measuring
-import numpy as np
 from learning import TRAIN, VAL, serve_folder
 from measuring import spread, verdict
+
+import numpy as np
 
 DRIVER = Path(__file__).resolve().parent.parent / "driver.py"
 

@@ -18,14 +18,14 @@ and, with --log-dir, driver.py's own learning curves there, and all of them as c
 
 import argparse
 import csv
-import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from measuring import WORKERS, driver_network, loopback, run_apart
 
 from tests.support import decode_tar, save_start
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 TRAIN, VAL = ("ILSVRC2012_img_train/", "train.txt"), ("ILSVRC2012_img_val/", "val.txt")
@@ -47,7 +47,7 @@ def configured(args):
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.SEED = WORKERS, args.mini_batch, args.seed
     driver.PRECISION = args.precision
     driver.VALIDATE_EVERY = max(1, args.validate_every // images_of(args))
-    for name in ("LEARNING_RATE", "LEARNING_RATE_POWER", "WARM_UP", "INITIAL_WEIGHTS", "STORED"):
+    for name in ("LEARNING_RATE_POWER", "INITIAL_WEIGHTS", "STORED"):
         value = getattr(args, name.lower())
         setattr(driver, name, getattr(driver, name) if value is None else value)
     driver.LEARNING_RATE_DROPS = tuple(args.drops)
@@ -67,13 +67,12 @@ def drive(args, iterations, report, *flags):
         bucket = serve_folder(s3, args.folder)
         places = ["--key-prefix", TRAIN[0], "--label-file", TRAIN[1]]
         limit = ["--iterations", str(iterations), "--checkpoint-dir", saved]
-        if status := driver.main(["--s3-bucket", bucket, *places, *limit, *flags], report=report):
-            sys.exit(status)
+        driver.main(["--s3-bucket", bucket, *places, *limit, *flags], report=report)
 
 
 def ours(args):
     """A list of (images, tag, value) of a run of driver.py."""
-    from results import Report
+    from machinery.results import Report
 
     batch, rows = images_of(args), []
 
@@ -99,7 +98,7 @@ def ours(args):
 
 def read_events(folder):
     """A list of (iteration, tag, value) from the one file of learning curves in a folder."""
-    from alexnet import tf
+    from machinery.storage.tf1 import tf
 
     (events,) = Path(folder).iterdir()
     return [
@@ -124,10 +123,10 @@ def decoded(folder, prefix, label_file):
 
 def reference(args):
     """The same list, of the network in Keras."""
-    import tensorflow as tf
-
     import alexnet
     import functions
+
+    import tensorflow as tf
 
     driver = configured(args)
     bfloat16 = {"auto_mixed_precision_onednn_bfloat16": args.precision == "bfloat16"}
@@ -197,43 +196,42 @@ def reference(args):
 
 def first_losses(args):
     """The first float32 losses of driver.py, and those of one session on the same mini-batches."""
-    import ray
-
-    import adding
-    import cluster
     import functions
-    import workers
-    from results import Report
+    from machinery.cluster.adding import mean_of, tree_of
+    from machinery.cluster.helpers import Helpers
+    from machinery.results import Report
+
+    import ray
 
     driver = configured(args)
     # A worker's number of threads, which a process's first session fixes: others round otherwise,
     # and training amplifies the difference.
     network, rows = driver_network(threads=driver.CPUS_PER_WORKER), []
     means = [np.empty_like(weight) for weight in network.weights()]
-    decays = network.rule.decays([mean.shape for mean in means])
 
     class Beside(Report):
         """Does each iteration again, in one session."""
 
         def start(self, iteration, batches, mean):
             super().start(iteration, batches, mean)
-            self.batches, self.mean, self.helpers = batches, ray.get(mean), cluster.Helpers()
+            self.batches, self.mean = batches, ray.get(mean)
+            self.helpers = Helpers(functions.Helper)
 
         def iteration(self, iteration, losses, *others):
             super().iteration(iteration, losses, *others)
-            what = driver.MINI_BATCH, args.mini_batches, driver.SEED, iteration
-            drawn = self.helpers.draw_minibatches(self.batches, *what)
+            what = {"size": driver.MINI_BATCH, "count": args.mini_batches, "seed": driver.SEED}
+            drawn = functions.draw_minibatches(self.helpers, self.batches, **what, iteration=iteration)
             minibatches = ray.get([minibatch.ref() for minibatch in drawn])
             gradients, own_losses = [], []
             for index, minibatch in enumerate(minibatches):
                 images = functions.subtract_mean(minibatch, self.mean)
                 y_true = functions.one_hot(minibatch.labels, driver.NUM_CLASSES)
-                seed = workers.dropout_seed(driver.SEED, iteration, index)
+                seed = functions.dropout_seed(driver.SEED, iteration, index)
                 got = network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed)
                 gradients.append(got[0])
                 own_losses.append(got[1])
-            tree, sets = adding.tree_of(len(gradients)), dict(enumerate(gradients))
-            norm = adding.mean_of(tree, sets, len(sets), network.weights(), decays, means)
+            tree, sets = tree_of(len(gradients)), dict(enumerate(gradients))
+            norm = mean_of(tree, sets, len(sets), network.weights(), network.decays(), means)
             network.apply(means, norm, network.rule.rate(iteration))
             rows.append((iteration, np.mean(losses), np.mean(own_losses)))
             self.resume()  # the time of this is no part of an iteration
@@ -298,9 +296,7 @@ def main():
     add("--precision", default="float32", choices=["float32", "bfloat16"])
     add("--seed", type=int, default=0)
     add("--stored", choices=["pixels", "jpeg"], help="form of the images, instead of driver.py's")
-    add("--learning-rate", type=float, help="instead of driver.py's, as the next two")
     add("--learning-rate-power", type=float, help="how the rate follows the images of an iteration")
-    add("--warm-up", type=int, help="images")
     add("--initial-weights", type=float, help="a standard deviation, as the write-up's 0.1")
     add("--drops", type=int, nargs="*", default=[], help="images after which the rate is divided by 10")
     add("--validate-every", type=int, default=5000, help="images")

@@ -80,15 +80,18 @@ def start_nodes(count, folder):
 
 def measure(megabytes, repeats):
     """In the first namespace: print the seconds that an object takes to all other nodes."""
+    import driver
+    import functions
+    from machinery.cluster import joining, nodes
+    from machinery.cluster.helpers import Helpers
+
     import numpy as np
     import ray
 
-    import cluster
-    import joining
-
-    joining.connect(f"{NETWORK}.1:{PORT}")
-    helpers = cluster.Helpers()
-    others = [node["NodeID"] for node in cluster.nodes_alive() if node["NodeID"] != helpers.here]
+    os.environ["RAY_ADDRESS"] = f"{NETWORK}.1:{PORT}"
+    joining.join(driver.runtime_env(), None)
+    helpers = Helpers(functions.Helper)
+    others = [node["NodeID"] for node in nodes.head.nodes() if node["NodeID"] != helpers.here]
     ray.get([helpers.on(node).fetch.remote([]) for node in others])
     ways = {
         "passed on": lambda ref: [there for there in helpers.pass_on(ref, others).values() if there],

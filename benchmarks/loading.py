@@ -18,52 +18,29 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-import cv2
 import measuring
-import numpy as np
-import ray
 from measuring import spread, take_turns
-from PIL import Image
 
-import cluster
-import decoding
 import driver
 import imagenet
-import joining
-import s3
+from machinery.cluster import joining, tasks
+from machinery.storage.images import decode_image
 from stage_imagenet import resize
 from tests.support import make_tar
 
+import cv2
+import numpy as np
+import ray
+from PIL import Image
+
 CPUS = 2
 SIZE = [256, 256]
-BUCKET = "benchmark"
 PREFIX = "ILSVRC2012_img_train/"
 PASS_IMAGES = 3000  # a pass reads the folder's tars in as many copies as make so many images
 BIG_TAR_IMAGES = 1300  # in a tar of ImageNet
 
 # A line of the table: ours and the other as lists of numbers in pairs, and what their ratio should be.
 Row = namedtuple("Row", "measure ours other unit target")
-
-
-# ---- the photos and the bucket
-
-
-def read_photos(tars):
-    """The bytes of all images in some tars."""
-    photos = []
-    for path in tars:
-        with tarfile.open(path) as tar:
-            photos += [tar.extractfile(member).read() for member in tar if member.isreg()]
-    return photos
-
-
-def fill_bucket(s3, labels, tars, copies):
-    """Put the label file and so many copies of the tars into a new bucket."""
-    s3.create_bucket(Bucket=BUCKET)
-    s3.upload_file(str(labels), BUCKET, "train.txt")
-    for path in tars:
-        for copy in range(copies):
-            s3.upload_file(str(path), BUCKET, f"{PREFIX}{path.stem}-{copy}.tar")
 
 
 # ---- the ways to load: each loads all tars and returns how many images it has loaded
@@ -75,18 +52,9 @@ def wait_for(loaded):
     return sum(map(len, ray.get([names for _, names, *_ in loaded])))
 
 
-def data_tasks():
-    """What starts tasks on data, as in driver.py."""
-    return cluster.DataTasks(silent, driver.TASK_TIMEOUT, silent)
-
-
-def silent(*_):
-    """Do nothing: a part of driver.py that leaves only connecting, and a `say` that prints no line."""
-
-
-def load_ours(tars, tasks):
+def load_ours(source, tars):
     """As driver.py does."""
-    return wait_for(imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks))
+    return wait_for(imagenet.load_tarfiles_from_s3(source, tars, SIZE))
 
 
 def resize_as_written(data):
@@ -97,47 +65,42 @@ def resize_as_written(data):
     return np.asarray(rgb.resize(SIZE[::-1], Image.Resampling.LANCZOS))
 
 
-def open_tar(tar, where):
+def open_tar(source, tar):
     """A tar, downloaded into memory as ours."""
-    with contextlib.closing(imagenet.S3Tar(BUCKET, tar, where)) as file:
+    with contextlib.closing(source.open(tar)) as file:
         return tarfile.open(fileobj=io.BytesIO(file.read()))
 
 
-def load_tar_as_written(tar, where):
+def load_tar_as_written(source, tar):
     """The write-up's way with one tar: one array an image, then all as one."""
     images, names = [], []
-    with open_tar(tar, where) as members:
+    with open_tar(source, tar) as members:
         for member in members:
             images.append(resize_as_written(members.extractfile(member).read())[None])
             names.append(member.name)
     return np.concatenate(images), names
 
 
-def load_as_written(tars, tasks):
+def load_as_written(source, tars):
     """The write-up's way, in the same kind of tasks as ours."""
-    where = s3.s3_location()
     options = {"num_returns": 2, "scheduling_strategy": "SPREAD"}
-    return wait_for([tasks.start(load_tar_as_written, tar, where, **options) for tar in tars])
+    return wait_for([tasks.start(load_tar_as_written, source, tar, **options) for tar in tars])
 
 
 def decode_batch(batch):
     """ray.data's map function: our own decoder, so that only the pipelines differ."""
-    return {"image": np.stack([decoding.decode_image(data, SIZE) for data in batch["JPEG"]])}
+    return {"image": np.stack([decode_image(data, SIZE) for data in batch["JPEG"]])}
 
 
-def load_with_ray_data(tars):
+def load_with_ray_data(source, tars):
     """ray.data's WebDataset reader; tasks read and decode, two a CPU, as many at a time as ours."""
     import pyarrow.fs
 
     scheme, _, host = os.environ["AWS_ENDPOINT_URL"].partition("://")
-    s3 = pyarrow.fs.S3FileSystem(
-        access_key=os.environ["AWS_ACCESS_KEY_ID"],
-        secret_key=os.environ["AWS_SECRET_ACCESS_KEY"],
-        region=os.environ["AWS_DEFAULT_REGION"],
-        endpoint_override=host,
-        scheme=scheme,
-    )
-    paths = [f"{BUCKET}/{tar.key}" for tar in tars]
+    user = {"access_key": os.environ["AWS_ACCESS_KEY_ID"], "region": os.environ["AWS_DEFAULT_REGION"]}
+    user["secret_key"] = os.environ["AWS_SECRET_ACCESS_KEY"]
+    s3 = pyarrow.fs.S3FileSystem(**user, endpoint_override=host, scheme=scheme)
+    paths = [f"{source.name}/{tar.key}" for tar in tars]
     # The fastest of what was tried: few large blocks, and the same num_cpus, which fuses the two steps.
     photos = ray.data.read_webdataset(
         paths, filesystem=s3, decoder=None, override_num_blocks=4 * CPUS, num_cpus=0.5
@@ -145,15 +108,13 @@ def load_with_ray_data(tars):
     return photos.map_batches(decode_batch, batch_size=None, num_cpus=0.5).materialize().count()
 
 
-def load_with_tf_data(tars, **resize):
+def load_with_tf_data(source, tars, **resize):
     """tf.data: downloading beside decoding and resizing in parallel, into batches in memory."""
     import tensorflow as tf  # here, after alexnet, which keeps it quiet as it starts
 
-    where = s3.s3_location()
-
     def members():
         for tar in tars:
-            with open_tar(tar, where) as files:
+            with open_tar(source, tar) as files:
                 yield [files.extractfile(member).read() for member in files]
 
     def decode(data):
@@ -171,48 +132,55 @@ def load_with_tf_data(tars, **resize):
 # ---- measurements
 
 
-def speed(load, tars, images):
+def copies_of(photos):
+    """How often a pass reads the photos."""
+    return -(-PASS_IMAGES // len(photos))
+
+
+def put_copies(s3, key, tar, photos):
+    """Put as many copies of a tar into the bucket as a pass reads; their keys start so."""
+    for copy in range(copies_of(photos)):
+        s3.put_object(Bucket="benchmark", Key=f"{key}{copy}.tar", Body=tar)
+
+
+def speed(load, source, tars, images):
     """Images a second and core of a way to load; RuntimeError if it does not load them all."""
     start = time.perf_counter()
-    loaded = load(tars)
+    loaded = load(source, tars)
     seconds = time.perf_counter() - start
     if loaded != images:
         raise RuntimeError(f"{load} has loaded {loaded} of {images} images")
     return images / seconds / CPUS
 
 
-def speeds(tars, tasks, images, repeats):
+def speeds(source, photos, repeats):
     """Our images a second and core, from S3 into memory, against other ways to load."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every run
     others = {
-        "the write-up's way": (partial(load_as_written, tasks=tasks), ">= 1.7"),
+        "the write-up's way": (load_as_written, ">= 1.7"),
         "ray.data": (load_with_ray_data, "> 1"),
         "tf.data, bilinear": (partial(load_with_tf_data, antialias=True), "> 1"),
         "tf.data, area": (partial(load_with_tf_data, method="area"), "> 1"),
     }
-    loads = {"ours": partial(load_ours, tasks=tasks)} | {
-        name: load for name, (load, _) in others.items()
-    }
-    ways = {name: partial(speed, load, tars, images) for name, load in loads.items()}
-    results = take_turns(ways, repeats)
+    what = source, imagenet.list_tars(source, PREFIX)[0], copies_of(photos) * len(photos)
+    ways = {name: partial(speed, load, *what) for name, (load, _) in others.items()}
+    results = take_turns({"ours": partial(speed, load_ours, *what), **ways}, repeats)
     return [
         Row(f"S3 to memory, against {name}", results["ours"], results[name], "images/s/core", target)
         for name, (_, target) in others.items()
     ]
 
 
-def resized(s3, tasks, photos, repeats):
+def resized(s3, source, photos, repeats):
     """The same photos, resized as stage_imagenet.py --resize 256 does, against as they are."""
-    kinds = {"resized": [resize(photo, SIZE[0]) for photo in photos], "full": photos}
-    copies, ways = -(-PASS_IMAGES // len(photos)), {}
+    kinds, ways = {"resized": [resize(photo, SIZE[0]) for photo in photos], "full": photos}, {}
     for name, kind in kinds.items():
-        tar = make_tar({f"{i}.JPEG": photo for i, photo in enumerate(kind)})
-        for copy in range(copies):
-            s3.put_object(Bucket=BUCKET, Key=f"{name}/{copy}.tar", Body=tar)
-        tars, _ = imagenet.list_tars(BUCKET, f"{name}/")
-        load = partial(load_ours, tasks=tasks)
-        ways[name] = partial(speed, load, tars, copies * len(photos))
+        put_copies(
+            s3, f"{name}/", make_tar({f"{i}.JPEG": photo for i, photo in enumerate(kind)}), photos
+        )
+        tars, _ = imagenet.list_tars(source, f"{name}/")
+        ways[name] = partial(speed, load_ours, source, tars, copies_of(photos) * len(photos))
     results, sizes = take_turns(ways, repeats), {k: [len(b"".join(v)) / 1e6] for k, v in kinds.items()}
     return [
         Row("staged with --resize 256, size", sizes["resized"], sizes["full"], "MB", "<= 1"),
@@ -220,35 +188,31 @@ def resized(s3, tasks, photos, repeats):
     ]
 
 
-def load_and_time(tar, where):
+def load_and_time(source, tar):
     """Do what our load task does, the copy in the object store too; returns images and CPU-seconds."""
     start = time.process_time()
-    images, _, _ = imagenet.load_tarfile(BUCKET, tar, 0, tuple(SIZE), "pixels", where)
+    images, *_ = imagenet.load_tarfile(source, tar, 0, tuple(SIZE), "pixels")
     ray.put(images)
     return len(images), time.process_time() - start
 
 
-def images_per_cpu_second_in_tasks(tars, tasks):
-    """Images that our load tasks load in a CPU-second of theirs."""
-    where = s3.s3_location()
-    loaded = ray.get([tasks.start(load_and_time, tar, where) for tar in tars])
-    images, seconds = zip(*loaded, strict=True)
-    return sum(images) / sum(seconds)
-
-
-def images_per_cpu_second_in_loop(photos):
-    """Images that a bare loop of our decoder over bytes in memory decodes in a CPU-second."""
+def overhead(source, photos, repeats):
+    """What a load task does per CPU-second, against a bare loop of our decoder over bytes in memory."""
+    tars, _ = imagenet.list_tars(source, PREFIX)
     cv2.setNumThreads(1)  # as in a load task
-    start = time.process_time()
-    for data in photos:
-        decoding.decode_image(data, SIZE)
-    return len(photos) / (time.process_time() - start)
 
+    def in_tasks():
+        images, seconds = zip(
+            *ray.get([tasks.start(load_and_time, source, tar) for tar in tars]), strict=True
+        )
+        return sum(images) / sum(seconds)
 
-def overhead(tars, tasks, photos, repeats):
-    """What a load task does per CPU-second, against a bare loop of our decoder."""
-    in_tasks = partial(images_per_cpu_second_in_tasks, tars, tasks)
-    loop = partial(images_per_cpu_second_in_loop, photos)
+    def loop():
+        start = time.process_time()
+        for data in photos:
+            decode_image(data, SIZE)
+        return len(photos) / (time.process_time() - start)
+
     results = take_turns({"tasks": in_tasks, "loop": loop}, repeats)
     measure = "load tasks, against a loop over bytes in memory"
     return Row(measure, results["tasks"], results["loop"], "images/CPU-s", ">= 0.9")
@@ -256,7 +220,7 @@ def overhead(tars, tasks, photos, repeats):
 
 def quality(photos):
     """The mean absolute difference from the write-up's pixels, over all images."""
-    pairs = ((decoding.decode_image(data, SIZE), resize_as_written(data)) for data in photos)
+    pairs = ((decode_image(data, SIZE), resize_as_written(data)) for data in photos)
     differences = [np.abs(ours.astype(int) - other).mean() for ours, other in pairs]
     return Row("difference from Lanczos", [np.mean(differences)], [2.5], "grey levels", "<= 1")
 
@@ -267,28 +231,26 @@ def idle():
     return os.getpid()
 
 
-def peak_memory(tars):
+def peak_memory(source, tars):
     """MB that the task that loads a tar takes at its peak, above a worker that has done nothing."""
-    joining.connect(num_cpus=1)
-    start = 0
-    while not start:  # the worker may end before it is looked at
-        start = measuring.private_memory(ray.get(idle.remote()))
-    with contextlib.closing(data_tasks()) as tasks:
-        [tar] = imagenet.load_tarfiles_from_s3(BUCKET, tars, SIZE, tasks)
-        peak = start
+    with joining.join(driver.runtime_env(), None, num_cpus=1):
+        tasks.limit(driver.TASK_TIMEOUT)
+        start = 0
+        while not start:  # the worker may end before it is looked at
+            start = peak = measuring.private_memory(ray.get(idle.remote()))
+        [tar] = imagenet.load_tarfiles_from_s3(source, tars, SIZE)
         while not ray.wait([tar.images], timeout=0.01, fetch_local=False)[0]:
             peak = max(peak, *map(measuring.private_memory, measuring.ray_workers()))
-    ray.shutdown()
     return peak - start
 
 
-def memory(s3, photos, repeats):
+def memory(s3, source, photos, repeats):
     """The peak memory of one task that loads a tar of ImageNet's size."""
     tar = make_tar({f"{i}.JPEG": photos[i % len(photos)] for i in range(BIG_TAR_IMAGES)})
-    s3.put_object(Bucket=BUCKET, Key="big.tar", Body=tar)
+    s3.put_object(Bucket=source.name, Key="big.tar", Body=tar)
     allowed = (BIG_TAR_IMAGES * np.prod([*SIZE, 3]) + len(tar)) / 1e6 + 100
-    tars, _ = imagenet.list_tars(BUCKET, "big.tar")
-    peaks = [peak_memory(tars) for _ in range(repeats)]
+    tars, _ = imagenet.list_tars(source, "big.tar")
+    peaks = [peak_memory(source, tars) for _ in range(repeats)]
     measure = f"peak of loading {BIG_TAR_IMAGES} images, against array, tar and 100 MB"
     return Row(measure, peaks, [allowed] * repeats, "MB", "<= 1")
 
@@ -315,25 +277,24 @@ def main():
     parser.add_argument("folder", type=Path, help="folder laid out like the bucket")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each kind (default: 5)")
     args = parser.parse_args()
-    paths = sorted((args.folder / PREFIX).glob("*.tar"))
-    photos = read_photos(paths)
+    photos = measuring.read_photos(args.folder)
     if not photos:
         parser.error(f"{args.folder / PREFIX} holds no tar with images")
-    copies = -(-PASS_IMAGES // len(photos))
     with measuring.loopback() as s3:
-        fill_bucket(s3, args.folder / "train.txt", paths, copies)
-        tars, _ = imagenet.list_tars(BUCKET, PREFIX)
+        s3.create_bucket(Bucket="benchmark")
+        source = imagenet.source_of("benchmark")
+        for path in sorted((args.folder / PREFIX).glob("*.tar")):
+            put_copies(s3, f"{PREFIX}{path.stem}-", path.read_bytes(), photos)
         print_cells("", "ours", "other", "unit", "ratio", "target", "")
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
-        joining.connect(num_cpus=CPUS, _system_config=warm)
-        with contextlib.closing(data_tasks()) as tasks:
-            report(*speeds(tars, tasks, copies * len(photos), args.repeats))
-            report(overhead(tars, tasks, photos, args.repeats))
-            report(*resized(s3, tasks, photos, args.repeats))
-        ray.shutdown()
+        with joining.join(driver.runtime_env(), None, num_cpus=CPUS, _system_config=warm):
+            tasks.limit(driver.TASK_TIMEOUT)
+            report(*speeds(source, photos, args.repeats))
+            report(overhead(source, photos, args.repeats))
+            report(*resized(s3, source, photos, args.repeats))
         report(quality(photos))
-        report(memory(s3, photos, args.repeats))
+        report(memory(s3, source, photos, args.repeats))
 
 
 if __name__ == "__main__":

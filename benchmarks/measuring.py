@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import sys
+import tarfile
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
@@ -135,7 +136,16 @@ def private_memory(pid):
     return sum(area.private_clean + area.private_dirty for area in own) / 1e6
 
 
-# ---- driver.py in this process
+# ---- photos, and driver.py in this process
+
+
+def read_photos(folder):
+    """The bytes of all files in the training tars of a folder that is laid out like the bucket."""
+    photos = []
+    for path in sorted(Path(folder, "ILSVRC2012_img_train").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            photos += [tar.extractfile(member).read() for member in tar if member.isreg()]
+    return photos
 
 
 @contextlib.contextmanager
@@ -149,26 +159,18 @@ def loopback():
 def watch(then):
     """A results.Report that says nothing; after an iteration it calls `then` with a dict of phase ->
     seconds, and `then` may stand still."""
-    from results import Report
+    from machinery.results import Report
 
     class Watch(Report):
-        phases = {}
-
         def say(self, line):
             pass
 
         def start(self, *_):
             self.resume()
 
-        def resume(self):
-            self.since = time.perf_counter()
-
-        def lap(self, phase):
-            now = time.perf_counter()
-            self.phases[phase], self.since = now - self.since, now
-
         def iteration(self, *_):
-            then(dict(self.phases))
+            phases, self._seconds = self._seconds, {}
+            then({name.removeprefix("seconds/"): seconds for name, seconds in phases.items()})
             self.resume()
 
     return Watch()
@@ -194,71 +196,40 @@ def initial_weights(precision="float32"):
     """What all networks begin with, as the driver sends it to workers."""
     import alexnet
     import functions
+    from machinery.storage.tf1 import tf
 
-    kind = alexnet.tf.as_dtype(precision).as_numpy_dtype
+    kind = tf.as_dtype(precision).as_numpy_dtype
     weights = alexnet.initial_weights(alexnet.LAYERS, NUM_CLASSES, "he", functions.generator(0))
     return alexnet.as_bits([weight.astype(kind) for weight in weights])
 
 
-# Placeholders, variables and the mean loss of a network; `seed` decides its dropout.
-Network = namedtuple("Network", "images y_true seed variables loss")
+# Placeholders, variables and the mean loss of a network.
+Network = namedtuple("Network", "images y_true variables loss")
 
 
-NORMALISED = 0, 1  # the layers whose output the paper normalises (section 3.5)
-
-
-def forward(images, parameters, norm, dropout):
-    """alexnet.forward as a user would write it, with the paper's normalisations if `norm`."""
+def plain_network(precision):
+    """A Network in the current graph, of float32 variables and products in a precision."""
     import alexnet
-    from alexnet import tf
-
-    precision, weights = parameters[0].dtype, iter(parameters)
-    x = tf.cast(images / alexnet.PIXEL_STD, precision)
-    for i, (kind, _, *options) in enumerate(alexnet.LAYERS):
-        if kind == "conv":
-            _, stride, *flags = options
-            x = tf.nn.relu(tf.nn.conv2d(x, next(weights), stride, "SAME") + next(weights))
-            if norm and i in NORMALISED:  # section 3.3, n = 5; the sum takes alpha, not alpha / n
-                x = tf.cast(x, tf.float32)
-                x = tf.nn.local_response_normalization(x, 2, bias=2.0, alpha=1e-4, beta=0.75)
-                x = tf.cast(x, precision)
-            if "pool" in flags:
-                x = tf.nn.max_pool2d(x, 3, 2, "VALID")
-        else:
-            x = tf.reshape(x, [-1, int(np.prod(x.shape[1:]))])
-            x = dropout(tf.nn.relu(tf.matmul(x, next(weights)) + next(weights)), i)
-    return tf.cast(tf.matmul(x, next(weights)), tf.float32) + tf.cast(next(weights), tf.float32)
-
-
-def plain_network(precision, norm=False, seeded=True):
-    """A Network in the current graph, of float32 variables and products in a precision.
-
-    Unless it is `seeded`, its dropout is TensorFlow's own, which counts session runs.
-    """
-    import alexnet
-    from alexnet import tf
+    from machinery.storage.tf1 import tf
 
     images = tf.placeholder(tf.float32, [None, 224, 224, 3])
     y_true = tf.placeholder(tf.float32, [None, NUM_CLASSES])
-    seed = tf.placeholder_with_default(np.zeros(2, np.int64), [2])
     shapes = alexnet.weight_shapes(alexnet.LAYERS, NUM_CLASSES)
     options = {"initializer": tf.zeros_initializer(), "use_resource": True}
     variables = [tf.get_variable(f"v{i}", shape, **options) for i, shape in enumerate(shapes)]
 
     def dropout(x, layer):
-        if seeded:
-            return alexnet.seeded_dropout(x, KEEP_PROBABILITY, seed + np.array([0, layer]))
-        return tf.nn.dropout(x, rate=1 - KEEP_PROBABILITY)
+        return alexnet.seeded_dropout(x, KEEP_PROBABILITY, np.array([0, layer]))
 
     cast = [tf.cast(v, precision) for v in variables]
-    logits = forward(images, cast, norm, dropout)
+    logits = alexnet.forward(images, cast, alexnet.LAYERS, dropout)
     losses = tf.nn.softmax_cross_entropy_with_logits_v2(y_true, logits)
-    return Network(images, y_true, seed, variables, tf.reduce_mean(losses))
+    return Network(images, y_true, variables, tf.reduce_mean(losses))
 
 
 def open_session(network, threads):
     """A session of so many threads on the current graph, with the initial weights loaded."""
-    from alexnet import tf
+    from machinery.storage.tf1 import tf
 
     options = {"device_count": {"GPU": 0}, "inter_op_parallelism_threads": 1}
     session = tf.Session(config=tf.ConfigProto(intra_op_parallelism_threads=threads, **options))

@@ -14,17 +14,17 @@ import ray  # noqa: F401, it brings psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for whoever imports the tests' helpers
 
-import psutil
-
 from tests.nodes import Nodes, raylet_of, tree
 from tests.support import free_port, title
+
+import psutil
 
 NODES = 3  # healthy ones; each holds two workers
 MEMORY = 3 * 2**30  # bytes that are eaten at most
 DISK = "size=16m"  # of the checkpoints
 
 # What Ray's processes call themselves.
-WORKER, HELPER, WATCH, IDLE = r"ray::Worker\b", r"ray::Helper\b", r"ray::Watch\b", "ray::IDLE$"
+WORKER, HELPER = r"ray::Worker\b", r"ray::Helper\b"
 DATA = "ray::(s3://|convert|drop_unlabelled|shuffle_pair|sum_images|add$)"
 
 EATER = """
@@ -148,13 +148,9 @@ class Misfortunes:
             "memory of a node runs out": self.memory,
             "worker killed": partial(hit, WORKER, kill),
             "helper killed": partial(hit, HELPER, kill),
-            "watch killed": partial(hit, WATCH, kill),
             "data task killed": partial(hit, DATA, kill),
             "worker stopped": partial(hit, WORKER, stop),
             "helper stopped": partial(hit, HELPER, stop),
-            "watch stopped": partial(hit, WATCH, stop),
-            "data task stopped": partial(hit, DATA, stop),
-            "idle process stopped": partial(hit, IDLE, stop),
             "driver killed": driver.kill,
             "driver interrupted": self.interrupt,
             "S3 stands still for 15 s": partial(weather.turn, weather.stall, 15),

@@ -14,29 +14,29 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from measuring import WORKERS, loopback, run_apart, spread
 
-from tests.support import fill_bucket
+from tests.support import drive, fill_bucket
+
+import numpy as np
 
 WARM_UP = 10  # iterations
 
 
 def noting(folder):
     """functions.Worker, which also notes each gradient: iteration, and moments of its parts."""
+    import functions
+    from machinery.cluster.nodes import ACTOR
+
     import ray
 
-    import functions
-
-    plain = functions.Worker.__ray_metadata__.modified_class
-
-    @ray.remote
-    class Worker(plain):
+    @ray.remote(**ACTOR)
+    class Worker(functions.Worker.__ray_metadata__.modified_class):
         def __init__(self, network):
             super().__init__(network)
             self.loaded, self.notes = (0, 0), (folder / str(os.getpid())).open("w", buffering=1)
 
-        def update_weights(self, iteration, weightrefs, passed_on=None):
+        def update_weights(self, iteration, weightrefs, passed_on=()):
             start = time.perf_counter()
             if self.iteration != iteration:
                 super().update_weights(iteration, weightrefs, passed_on)
@@ -63,7 +63,7 @@ def noting(folder):
 def train(args, folder):
     """Run driver.py; the moments at which an iteration and its phases end: a list of dicts."""
     import driver
-    from results import Report
+    from machinery.results import Report
 
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.PRECISION = WORKERS, args.mini_batch, args.precision
     iterations = [{}]
@@ -82,7 +82,7 @@ def train(args, folder):
 
     with loopback() as s3:
         fill_bucket(s3, "parts", images_per_class=12)
-        driver.main(["--s3-bucket", "parts"], report=Moments(), actor=noting(folder))
+        drive(["--s3-bucket", "parts"], report=Moments(), actor=noting(folder))
     return iterations
 
 

@@ -7,15 +7,14 @@ FOLDER is laid out like the bucket: tars of photos below ILSVRC2012_img_train/. 
 """
 
 import argparse
-import tarfile
 import time
-from pathlib import Path
 
-import measuring  # noqa: F401, it puts the project's root on the path
+from measuring import read_photos
+
+from machinery.storage.images import decode_image
+
 import numpy as np
 import simplejpeg
-
-import decoding
 
 SIZE = (256, 256)
 
@@ -33,11 +32,7 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--qualities", type=int, nargs="+", default=[80, 85, 88, 90, 92, 95])
     args = parser.parse_args()
-    images = []
-    for path in sorted(Path(args.folder, "ILSVRC2012_img_train").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            photos = [tar.extractfile(member).read() for member in tar if member.isreg()]
-        images += [decoding.decode_image(photo, SIZE) for photo in photos]
+    images = [decode_image(photo, SIZE) for photo in read_photos(args.folder)]
     print(f"{len(images)} photos: quality, kB, mean difference in grey levels, ms to encode, to decode")
     for quality in args.qualities:
         jpegs, encode = timed(lambda x, q=quality: simplejpeg.encode_jpeg(x, q, "RGB", "420"), images)

@@ -23,9 +23,6 @@ import re
 import time
 import urllib.request
 
-import numpy as np
-import psutil
-import ray
 from measuring import (
     NUM_CLASSES,
     WORKERS,
@@ -37,10 +34,16 @@ from measuring import (
     spread,
     watch,
 )
-from ray.cluster_utils import Cluster
 
 import functions
+from machinery.cluster import joining
+from machinery.cluster.nodes import ACTOR, Actor, place
 from tests.support import THIN, fill_bucket
+
+import numpy as np
+import psutil
+import ray
+from ray.cluster_utils import Cluster
 
 THIN_NETWORK = THIN, 10  # layers and classes
 MINI_BATCH = 20  # images: 3 MB
@@ -50,23 +53,24 @@ LEAST_STORE = 500 * 2**20  # bytes
 SETTLED = 1.5  # seconds without a change, after which counters are final
 
 
-@ray.remote
-class Returner:
+@ray.remote(**ACTOR)
+class Returner(Actor):
     """A worker without a network: it returns the weights, which have the gradients' sizes."""
 
     def __init__(self, network):
         pass
 
     def place(self):
-        return functions.place()
+        return place()
 
-    def update_weights(self, iteration, weightrefs, there):
+    def update_weights(self, iteration, weightrefs, passed_on=()):
         pass
 
-    def compute_grad(self, iteration, weightrefs, minibatch, mean, keep, dropout_seed):
-        return ray.get(weightrefs)[0], 0.0
+    def compute_grad(self, iteration, refs, keep_probability, dropout_seed):
+        weights, *_ = ray.get(refs)
+        return weights, 0.0
 
-    def print_accuracy(self, iteration, weightrefs, minibatch, mean):
+    def print_accuracy(self, iteration, refs):
         return np.array([0, 1])
 
 
@@ -106,7 +110,6 @@ def measure(nodes, workers, one_set, args):
     each iteration a dict of phase -> seconds, and the bytes: int [iterations, nodes, 2]; the MB of
     memory that a worker has; and the CPU ms of an iteration, of the driver and of all others."""
     import driver
-    import joining
 
     driver.NUM_WORKERS, driver.CPUS_PER_WORKER = workers * nodes, args.cpus
     driver.PRECISION, driver.LEARNING_RATE, driver.WEIGHT_DECAY = args.precision, 1e-30, 0.0
@@ -136,15 +139,13 @@ def measure(nodes, workers, one_set, args):
         for _ in range(nodes - 1):
             machines.add_node(**size)
         os.environ["RAY_ADDRESS"] = machines.address
-        joining.connect(machines.address)
+        joining.join(driver.runtime_env(), None)
         head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
         flags = ["--s3-bucket", "scaling", "--iterations", str(warm_up + args.iterations)]
         actor = functions.Worker if args.compute else Returner
-        status = driver.main(flags, report=watch(stand_still), actor=actor)
+        driver.main(flags, report=watch(stand_still), actor=actor)
         ray.shutdown()
         machines.shutdown()
-    if status:
-        raise RuntimeError(f"driver.py ended with {status}")
     moved = np.diff(counts, axis=0)[-args.iterations :]
     before, after = used
     cpu = {pid: (after[pid] - before[pid]) / args.iterations for pid in before.keys() & after.keys()}

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from misfortunes import NODES, Disk, Misfortunes, Soaked, Weather
 
-from functions import multiplies_bfloat16
+from machinery.cluster.nodes import place
 from tests.fault_proxy import fault_proxy
 from tests.nodes import Nodes
 from tests.support import checksums, fill_bucket, s3_client, s3_server
@@ -201,19 +201,19 @@ def command(folder, precision, iterations=10**6, **settings):
 
 def disturbed(folder, args, endpoint, log):
     """Train amid misfortunes on a disk; its checksums, the last iteration, and the Misfortunes."""
-    place = folder / "disturbed"
-    place.mkdir()
-    disk, nodes = Disk(place), Soaked()
+    saved = folder / "disturbed"
+    saved.mkdir()
+    disk, nodes = Disk(saved), Soaked()
     with fault_proxy(endpoint) as proxy:
         there = {"RAY_ADDRESS": nodes.address, "AWS_ENDPOINT_URL": proxy.url}
-        line = command(place, args.precision, PACE=PACE)
+        line = command(saved, args.precision, PACE=PACE)
         driver, rng = Driver(line, os.environ | there, log), random.Random(args.seed)
         proxy.faults = weather = Weather(driver.reads)
         misfortunes = Misfortunes(driver, nodes, weather, disk, rng, folder, log)
         try:
             disturb(misfortunes, args.minutes)
-            last = max(int(path.stem[5:]) for path in (place / "checkpoints").glob("ckpt-*.index"))
-            return checksums(place / "checkpoints"), last, misfortunes
+            last = max(int(path.stem[5:]) for path in (saved / "checkpoints").glob("ckpt-*.index"))
+            return checksums(saved / "checkpoints"), last, misfortunes
         finally:
             driver.kill()
             nodes.close()
@@ -222,8 +222,8 @@ def disturbed(folder, args, endpoint, log):
 
 def undisturbed(folder, args, iterations, log):
     """Checksums of a run to an iteration on one node, which nothing disturbs."""
-    place, nodes = folder / "undisturbed", Nodes(2 * NODES, others=0, cpus=0)
-    line = command(place, args.precision, iterations, WORKER_TIMEOUT=120, WORKER_WAIT=300)
+    saved, nodes = folder / "undisturbed", Nodes(2 * NODES, others=0, cpus=0)
+    line = command(saved, args.precision, iterations, WORKER_TIMEOUT=120, WORKER_WAIT=300)
     environment = os.environ | {"RAY_ADDRESS": nodes.address}
     try:
         ended = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -232,7 +232,7 @@ def undisturbed(folder, args, iterations, log):
     if ended.returncode:
         log.flaw(f"the undisturbed run: status {ended.returncode}", ended.stdout[-2000:].splitlines())
         return None
-    return checksums(place / "checkpoints")
+    return checksums(saved / "checkpoints")
 
 
 def print_table(misfortunes, equal, iteration):
@@ -256,7 +256,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="decides their order and moments")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    if args.precision == "bfloat16" and not multiplies_bfloat16():
+    if args.precision == "bfloat16" and not place().bfloat16:
         parser.error("this CPU has no instructions for bfloat16: a step would take minutes")
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, a driver would go on after it
     folder = Path(tempfile.mkdtemp(prefix="soak-"))

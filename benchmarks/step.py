@@ -1,6 +1,6 @@
 """A training step, measured: driver.py beside what a user would pick instead, on the same network.
 
-    python benchmarks/step.py [--mini-batch 20] [--precision float32] [--no-norm] [--repeats 9]
+    python benchmarks/step.py [--mini-batch 20] [--precision float32] [--repeats 9]
 
 Ours is driver.py as it is shipped, with 2 workers of one CPU; the others are
 
@@ -9,7 +9,6 @@ Ours is driver.py as it is shipped, with 2 workers of one CPU; the others are
     mirrored  tf.distribute.MultiWorkerMirroredStrategy, 2 processes of one thread
     ddp       PyTorch's DistributedDataParallel over gloo, 2 processes of one thread, channels_last
 
-session, mirrored and ddp have the paper's normalisation, unless --no-norm is given; driver.py has none.
 The input of the others lies ready in memory; driver.py draws and crops its own. All run all the time
 and take turns, so that a change of the machine's speed affects all of them. One that waits uses no CPU.
 A turn is ten iterations, of which ours measures an accuracy in one.
@@ -25,10 +24,11 @@ import time
 from functools import partial
 
 import measuring
-import numpy as np
 from measuring import KEEP_PROBABILITY, NUM_CLASSES, WARM_UP, WORKERS, initial_weights, serve, spread
 
-from tests.support import draw_image, fill_bucket, free_port
+from tests.support import draw_image, drive, fill_bucket, free_port
+
+import numpy as np
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.0025, 0.9, 5e-4
 
@@ -44,18 +44,19 @@ TARGETS = {
 def make_batch(mini_batch):
     """Photos' centred pixels float32 [n, 224, 224, 3] and one-hot labels."""
     import functions
+    from machinery.cluster.adding import aligned_empty
 
     rng = np.random.default_rng(0)
     pictures = [np.asarray(draw_image(label, rng))[:224, :224] for label in range(10)]
-    images = functions.aligned_empty((mini_batch, 224, 224, 3))
+    images = aligned_empty((mini_batch, 224, 224, 3))
     np.subtract([pictures[i % 10] for i in range(mini_batch)], np.float32(110), out=images)
     return images, functions.one_hot(rng.integers(0, NUM_CLASSES, mini_batch), NUM_CLASSES)
 
 
-# ---- the peers; each function is a process: (pipe, rank, ports, mini-batch, precision, norm)
+# ---- the peers; each function is a process: (pipe, rank, ports, mini-batch, precision)
 
 
-def ours(pipe, rank, ports, mini_batch, precision, norm):
+def ours(pipe, rank, ports, mini_batch, precision):
     """driver.py, which stands still at the end of an iteration until it is asked on."""
     import driver
 
@@ -78,16 +79,16 @@ def ours(pipe, rank, ports, mini_batch, precision, norm):
 
     with measuring.loopback() as s3:
         fill_bucket(s3, "step", images_per_class=12)
-        driver.main(["--s3-bucket", "step"], report=measuring.watch(stand_still))
+        drive(["--s3-bucket", "step"], report=measuring.watch(stand_still))
 
 
-def session(pipe, rank, ports, mini_batch, precision, norm):
+def session(pipe, rank, ports, mini_batch, precision):
     """One TensorFlow session: gradients, weight decay and momentum in one graph, nothing fetched."""
-    import alexnet
+    from machinery.storage.tf1 import tf
 
-    with alexnet.tf.Graph().as_default():
-        network = measuring.plain_network(precision, norm)
-        optimizer = alexnet.tf.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
+    with tf.Graph().as_default():
+        network = measuring.plain_network(precision)
+        optimizer = tf.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
         pairs = optimizer.compute_gradients(network.loss, network.variables)
         train = optimizer.apply_gradients([(g + WEIGHT_DECAY * v, v) for g, v in pairs])
         running = measuring.open_session(network, threads=WORKERS)
@@ -96,7 +97,7 @@ def session(pipe, rank, ports, mini_batch, precision, norm):
     serve(pipe, lambda: running.run([train, network.loss], feed))
 
 
-def apart(pipe, rank, ports, mini_batch, precision, norm):
+def apart(pipe, rank, ports, mini_batch, precision):
     """A worker's network on its own: gradients of the same weights again and again, not fetched."""
     import alexnet
 
@@ -108,11 +109,13 @@ def apart(pipe, rank, ports, mini_batch, precision, norm):
     serve(pipe, lambda: network.sess.run([gradients, network.loss], feed))
 
 
-def mirrored(pipe, rank, ports, mini_batch, precision, norm):
+def mirrored(pipe, rank, ports, mini_batch, precision):
     """MultiWorkerMirroredStrategy, in its own loop of strategy.run, as Ray Train would run it."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
     task = {"type": "worker", "index": rank}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
+    import alexnet
+
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -130,7 +133,7 @@ def mirrored(pipe, rank, ports, mini_batch, precision, norm):
 
     def replica_step(images, y_true):
         with tf.GradientTape() as tape:
-            logits = measuring.forward(images, variables, norm, dropout)
+            logits = alexnet.forward(images, variables, alexnet.LAYERS, dropout)
             losses = tf.nn.softmax_cross_entropy_with_logits(y_true, logits)
             loss = tf.reduce_mean(losses) / WORKERS
         gradients = tape.gradient(loss, variables)
@@ -147,26 +150,24 @@ def mirrored(pipe, rank, ports, mini_batch, precision, norm):
     serve(pipe, lambda: step(images, y_true).numpy())
 
 
-def ddp(pipe, rank, ports, mini_batch, precision, norm):
+def ddp(pipe, rank, ports, mini_batch, precision):
     """DistributedDataParallel over gloo; buckets are views of gradients, the graph is static."""
+    from alexnet import LAYERS
+
     import torch
     from torch import nn
-
-    from alexnet import LAYERS
 
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     address = f"tcp://127.0.0.1:{ports[0]}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=WORKERS)
-    # The same layers; "SAME" padding of 11x11/4 is one wider behind than before; alpha is of the sum.
+    # The same layers; "SAME" padding of 11x11/4 is one wider behind than before.
     modules, channels, side = [nn.ZeroPad2d((3, 4, 3, 4))], 3, 224
-    for i, (kind, units, *rest) in enumerate(LAYERS):
+    for kind, units, *rest in LAYERS:
         if kind == "conv":
             kernel, stride, *flags = rest
             padding = 0 if stride > 1 else kernel // 2
             modules += [nn.Conv2d(channels, units, kernel, stride, padding), nn.ReLU(inplace=True)]
-            if norm and i in measuring.NORMALISED:
-                modules.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2))
             side //= stride
             if "pool" in flags:
                 modules.append(nn.MaxPool2d(3, 2))
@@ -210,25 +211,21 @@ def main():
     parser = argparse.ArgumentParser(description="Measure a training step beside other ways to do it.")
     parser.add_argument("--mini-batch", type=int, default=20, help="images of one worker's gradient")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--no-norm", action="store_true", help="peers without normalisation")
     parser.add_argument("--peers", nargs="+", default=list(PEERS)[1:], choices=list(PEERS)[1:])
     parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
     parser.add_argument(
         "--steps", type=int, default=10, help="steps of a turn; of ten, one has an accuracy"
     )
     args = parser.parse_args()
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as alexnet.py does, for all
-    arguments = args.mini_batch, args.precision, not args.no_norm
-    peers = {}
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as tf1.py does, for all
+    arguments, peers = (args.mini_batch, args.precision), {}
     for name in ("ours", *args.peers):
         count, ports = 1 if PEERS[name] in ALONE else WORKERS, [free_port() for _ in range(WORKERS)]
         peers[name] = measuring.Peer(PEERS[name], count, ports, *arguments)
     ways = {name: partial(peer.seconds, args.steps) for name, peer in peers.items()}
     seconds = measuring.take_turns(ways, args.repeats, warm_up=0)
     phases = [peer.end() for peer in peers.values()][0]
-    norm = "without" if args.no_norm else "with"
-    others = f"the others {norm} the paper's normalisation"
-    print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}, {others}: images/s")
+    print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}: images/s")
     targets = TARGETS.get((args.mini_batch, args.precision), {})
     for name, taken in seconds.items():
         line = f"{name:10} {spread(WORKERS * args.mini_batch / np.array(taken), '.1f'):>24}"

@@ -2,7 +2,7 @@
 
     python benchmarks/validation.py [--images 2000] [--precision float32] [--repeats 7]
 
-Ours is `Workers.validate` of 2 workers of one CPU, from uint8 images in the object store to counts of
+Ours is `functions.validate` by 2 workers of one CPU, from uint8 images in the object store to counts of
 hits. The other is the network alone: 2 processes of one thread, with centred float32 images in memory.
 Both take turns; prints medians and, in brackets, the least and the most.
 """
@@ -11,17 +11,17 @@ import argparse
 import os
 import time
 
-import numpy as np
-import ray
 from measuring import NUM_CLASSES, WORKERS, Peer, initial_weights, serve, spread, take_turns, verdict
 
 import alexnet
-import cluster
+import driver
 import functions
-import joining
-import results
-import workers
 from functions import VALIDATION_STEP
+from machinery.cluster import joining
+from machinery.cluster.pool import Pool, Setup
+
+import numpy as np
+import ray
 
 BATCHES = 4
 GOAL = "<= 1.1"  # times the images over the forward rate
@@ -40,11 +40,10 @@ def forward(pipe, rank, precision):
 def start_workers(precision):
     """Workers that are up and have weights."""
     os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
-    can_grow = joining.connect(num_cpus=WORKERS)
-    network = {"layers": alexnet.LAYERS, "num_classes": NUM_CLASSES}
-    run = {"helpers": cluster.Helpers(), "timeouts": (300, 100), "report": results.Report()}
-    share = {"cpus": 1, "gpus": 0}
-    pool = workers.Workers(WORKERS, share, network, precision, **run, can_grow=can_grow)
+    joining.join(driver.runtime_env(), functions.Worker, num_cpus=WORKERS)
+    network = {"threads": 1, "precision": precision}
+    setup = Setup(WORKERS, {"cpus": 1, "gpus": 0}, network, 300, 100, can_grow=False)
+    pool = Pool(setup, functions.Worker, functions.Helper)
     pool.wait()
     pool.update_weights(0, ray.put(initial_weights(precision)))
     return pool
@@ -69,7 +68,7 @@ def main():
 
     def validation():
         start = time.perf_counter()
-        pool.validate(batches, mean)
+        functions.validate(pool, batches, mean)
         return count * BATCHES / (time.perf_counter() - start)
 
     def forward_passes():

@@ -25,55 +25,43 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
-from xml.sax.saxutils import escape
 
-from measuring import private_memory, ray_workers, run_apart
+from measuring import private_memory, ray_workers, read_photos, run_apart
 
 BUCKET, TARS = "whole", 10  # different ones, on disk
 
 
-class Aliases(ThreadingHTTPServer):
-    """An S3 server that only lists and reads: a dict of key -> (path, ETag) in one bucket."""
+class Handler(BaseHTTPRequestHandler):
+    """An S3 server that lists and reads `objects`, a dict of key -> (path, ETag), of one bucket."""
 
-    daemon_threads = True
-
-    def __init__(self, objects):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects, self.url = objects, f"http://127.0.0.1:{self.server_port}"
-        Thread(target=self.serve_forever, daemon=True).start()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):  # noqa: N802, http.server wants this name
-        self.do_GET()
+    protocol_version, objects = "HTTP/1.1", {}
 
     def do_GET(self):  # noqa: N802, http.server wants this name
         url = urlsplit(self.path)
         key = url.path.removeprefix(f"/{BUCKET}").removeprefix("/")
-        if not key:
+        if key not in self.objects:  # a listing
             [prefix] = parse_qs(url.query).get("prefix", [""])
             self._send(200, self._listing(prefix), {"Content-Type": "application/xml"})
-        elif key not in self.server.objects:
-            self._send(404, b"", {})
-        else:
-            path, etag = self.server.objects[key]
-            status, size, headers = 200, path.stat().st_size, {"ETag": etag, "Accept-Ranges": "bytes"}
-            first, last = 0, size - 1
-            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-                first, last = int(wanted[1]), min(int(wanted[2] or size), size - 1)
-                headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-                status = 206
-            with path.open("rb") as file:
-                file.seek(first)
-                self._send(status, file.read(last + 1 - first), headers)
+            return
+        path, etag = self.objects[key]
+        size, headers = path.stat().st_size, {"ETag": etag, "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (
+            (int(wanted[1]), min(int(wanted[2] or size), size - 1)) if wanted else (0, size - 1)
+        )
+        if wanted:
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        with path.open("rb") as file:
+            file.seek(first)
+            self._send(206 if wanted else 200, file.read(last + 1 - first), headers)
+
+    do_HEAD = do_GET  # noqa: N815
 
     def _listing(self, prefix):
         rows = [
-            f"<Contents><Key>{escape(key)}</Key><ETag>{escape(etag)}</ETag><Size>{path.stat().st_size}</Size>"
+            f"<Contents><Key>{key}</Key><ETag>{etag}</ETag><Size>{path.stat().st_size}</Size>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-            for key, (path, etag) in sorted(self.server.objects.items())
+            for key, (path, etag) in sorted(self.objects.items())
             if key.startswith(prefix)
         ]
         name = f"<Name>{BUCKET}</Name><IsTruncated>false</IsTruncated>"
@@ -84,8 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": len(body)}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        self.wfile.write(body if self.command == "GET" else b"")
 
     def log_message(self, *_):
         pass
@@ -93,11 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def make_objects(folder, tars, images, place):
     """What the server shows, the tars and their labels, as files in the folder `place`."""
-    photos = []
-    for path in sorted(Path(folder, "ILSVRC2012_img_train").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            photos += [tar.extractfile(member).read() for member in tar if member.isreg()]
-    objects, lines = {}, []
+    photos, objects, lines = read_photos(folder), {}, []
     for number in range(min(TARS, tars)):
         path = place / f"{number}.tar"
         with tarfile.open(path, "w") as tar:
@@ -106,13 +89,10 @@ def make_objects(folder, tars, images, place):
                 info.name, info.size = f"n{number:08}_{i}.JPEG", len(photo)
                 tar.addfile(info, io.BytesIO(photo))
                 lines.append(f"x/{info.name} {number}")
-        objects |= {
-            f"ILSVRC2012_img_train/n{alias:08}.tar": (path, f'"{number:032x}"')
-            for alias in range(number, tars, TARS)
-        }
-    labels = place / "train.txt"
-    labels.write_text("\n".join(lines))
-    return objects | {"train.txt": (labels, f'"{"f" * 32}"')}
+        for alias in range(number, tars, TARS):
+            objects[f"ILSVRC2012_img_train/n{alias:08}.tar"] = path, f'"{number:032x}"'
+    (place / "train.txt").write_text("\n".join(lines))
+    return objects | {"train.txt": (place / "train.txt", f'"{"f" * 32}"')}
 
 
 def drive(url, form, args):
@@ -124,12 +104,12 @@ def drive(url, form, args):
     start, moments = time.monotonic(), {"MB of a task": 0, "MB of the driver": 0}
     if args.store:  # Ray reads it when it loads
         os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(args.store * 10**6)
+    import driver
+    from machinery.results import Report
+    from tests.nodes import Cluster, kill, raylet_of
+
     import ray
     from ray._private.internal_api import memory_summary  # what `ray memory --stats-only` prints
-
-    import driver
-    from results import Report
-    from tests.nodes import Cluster, kill, raylet_of
 
     class Noted(Report):
         def say(self, line):
@@ -191,8 +171,7 @@ def drive(url, form, args):
         Thread(target=drop_caches, daemon=True).start()
     limit = ["--iterations", str(args.iterations)]
     flags = ["--s3-bucket", BUCKET, "--key-prefix", "ILSVRC2012_img_train/", *limit]
-    if status := driver.main(flags, report=Noted()):
-        raise RuntimeError(f"driver.py ended with {status}")
+    driver.main(flags, report=Noted())
     return moments
 
 
@@ -210,9 +189,12 @@ def main():
     parser.add_argument("--node-dies", action="store_true", help="one of two, after an iteration")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        server = Aliases(make_objects(args.folder, args.tars, args.images, Path(place)))
+        Handler.objects = make_objects(args.folder, args.tars, args.images, Path(place))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
         for form in args.forms:
-            moments = run_apart(drive, server.url, form, args)
+            moments = run_apart(drive, url, form, args)
             print(form, ", ".join(f"{k} {value:.1f}" for k, value in moments.items()), flush=True)
 
 

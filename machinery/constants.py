@@ -59,6 +59,7 @@ RULES = {
     "ACCURACY_SAMPLE": whole(1),
     "VALIDATE_EVERY": whole(0),
     "CHECKPOINT_EVERY": whole(0),
+    "CHECKPOINT_MINUTES": number(0),
     "LEARNING_RATE": POSITIVE,
     "LEARNING_RATE_IMAGES": POSITIVE,
     "LEARNING_RATE_POWER": number(0, 1),

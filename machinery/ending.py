@@ -37,6 +37,8 @@ class Stop:
             signal.signal(number, handler)
         if isinstance(error, SystemExit):  # while it starts, Ray answers SIGTERM so
             raise KeyboardInterrupt(error.code) from error
+        if isinstance(error, KeyboardInterrupt) and self._signum:
+            error.args = (self._signum,)  # out of Ray's waits comes another one, which has none
         if line := _explain(error):
             raise line from error
 

@@ -22,8 +22,12 @@ import numpy as np
 say = logging.getLogger("driver").info
 
 FOR_EVER = 1e10  # seconds of a time left that is not said
-
 RECENT = 50  # iterations that the time left, and the bar's speed and loss, are from
+
+
+def is_due(iteration, every):
+    """Whether it is time for what happens after every so many iterations; 0 is never."""
+    return every > 0 and iteration % every == 0
 
 
 class Report:
@@ -60,7 +64,8 @@ class Report:
         """
         try:
             if self._lost_lines:
-                terminal.say(f"{self._lost_lines} lines are lost: standard output could not be written")
+                lost = f"{self._lost_lines} lines are lost: standard output could not be written"
+                terminal.say(f"\n{lost}")  # below half a line, maybe
                 self._lost_lines = 0
             terminal.say(line)
         except BrokenPipeError:
@@ -204,7 +209,7 @@ class Outcome:
         self._checkpoints, self._model = Checkpoints(args.checkpoint_dir), SavedModel(args.export_dir)
         self._iterations = args.iterations
         self._wanted = args.val_prefix is not None or args.export_dir is not None
-        self._network, self._facts, self._mean = None, None, None
+        self._network, self._facts, self._mean, self._saved = None, None, None, time.monotonic()
         report.draw(args.log_dir)
         if not args.checkpoint_dir and not args.export_dir:
             missing = "there is no --checkpoint-dir and no --export-dir"
@@ -221,10 +226,18 @@ class Outcome:
         """
         self._network, self._mean, self._facts = network, mean, facts
         if facts:
+            self._report.plan(self._iterations, facts.epoch)
             self._checkpoints.claim(facts)
+
+    def save_if_due(self, iteration, every, minutes):
+        """Save a checkpoint after every so many iterations, and after so many minutes; 0 is never."""
+        old = minutes > 0 and time.monotonic() > self._saved + 60 * minutes
+        if old or is_due(iteration, every):
+            self.save()
 
     def save(self):
         """Save a checkpoint, if there are weights of a whole step that are not saved."""
+        self._saved = time.monotonic()
         if self._facts and self._network.iteration:
             self._checkpoints.save(self._network, self._facts, self._mean)
 
@@ -237,9 +250,10 @@ class Outcome:
             self._checkpoints.save(self._network, facts, self._mean, float(top1))
             self._facts = facts  # not before: a signal may come while the save waits for another one
 
-    def is_validated(self, iteration):
-        """Whether an iteration has been validated, also before the run was resumed."""
-        return self._facts.validated == iteration
+    def needs_validation(self, iteration, every):
+        """Whether it is time for a validation, which has not been before the run was resumed."""
+        due = iteration >= self._iterations or is_due(iteration, every)
+        return due and self._facts.validated != iteration
 
     def __enter__(self):
         return self

@@ -5,15 +5,17 @@ import itertools
 import os
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.support import WARM, Run, titled, wait_until
+
+import numpy as np
 import psutil
 import ray
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _initialize_internal_kv
-
-from tests.support import WARM, Run, titled, wait_until
 
 UNSEEN = {"include_dashboard": False, "include_log_monitor": False}  # no test here looks at them
 STORE = {"object_store_memory": 80 * 2**20}
@@ -52,6 +54,10 @@ class Nodes:
         names = "raylet_socket_name", "plasma_store_socket_name"
         sockets = {name: f"{self.folder.name}/{next(self.numbers)}" for name in names}
         return self.cluster.add_node(num_cpus=self.cpus, **sockets, **STORE, **UNSEEN, **options)
+
+    def head(self):
+        """The process of Ray that knows all nodes, actors and modules."""
+        return psutil.Process(self.cluster.head_node.all_processes["gcs_server"][0].process.pid)
 
     def add(self, **options):
         """Start another node; `options` are Ray's."""
@@ -126,3 +132,19 @@ def actors(node, kind):
 def actor(node, kind):
     """The process of an actor of a class on one of the `others`, once there is one."""
     return wait_until(lambda: actors(node, kind))[0]
+
+
+def memory_monitor():
+    """The environment of a node on which Ray ends processes if 1.5 GiB more are used than now."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + 1.5 * 2**30) / memory.total
+    return {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "100"}
+
+
+def use_memory_until(condition):
+    """Use more and more memory, at most 3 GiB, until a function returns true."""
+    used = []
+    while not condition():
+        assert len(used) < 24, "Ray's memory monitor did not strike"
+        used.append(np.ones(2**24))
+        time.sleep(0.3)

@@ -1,10 +1,10 @@
 """How sets of gradients are added up: the order, who adds what, the mean, its decay and its norm."""
 
+from machinery.cluster import adding
+
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
-
-import adding
 
 SHAPES = (3, 4), (4,), (adding.BLOCK + 5, 2)
 

@@ -1,19 +1,20 @@
 """The network, its session and the checkpoints."""
 
+import dataclasses
 import json
 import os
+
+import alexnet
+from machinery.cluster import adding
+from machinery.errors import InputError
+from machinery.storage.checkpoints import Checkpoints, Facts, Start
+from tests.fault_proxy import fault_proxy
+from tests.support import THIN
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from ml_dtypes import bfloat16
-
-import adding
-import alexnet
-import saving
-from imagenet import InputError
-from tests.fault_proxy import fault_proxy
-from tests.support import THIN
 
 MEAN = np.ones((256, 256, 3), np.float32)
 
@@ -254,10 +255,17 @@ RUN, FIXED = {"SEED": "0", "LEARNING_RATE": "0.1"}, ["SEED"]
 
 def save(checkpoints, iteration, network, top1=None):
     network.iteration = iteration
-    checkpoints.claim()
-    facts = {"mini_batches": 2, "precision": "float32", "run": RUN}
+    facts = Facts(mini_batches=2, precision="float32", run=RUN, best=checkpoints.best)
+    checkpoints.claim(facts)
     checkpoints.save(network, facts, MEAN, top1)
     checkpoints.wait()
+
+
+@pytest.fixture
+def said(caplog):
+    """A function that gives the lines of the log so far."""
+    caplog.set_level("INFO", "driver")
+    return lambda: caplog.messages
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -268,7 +276,7 @@ def place(request, tmp_path):
 
 
 def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
-    network, checkpoints = thin_network(), saving.Checkpoints(str(tmp_path), print)
+    network, checkpoints = thin_network(), Checkpoints(str(tmp_path))
     for iteration in range(6):  # of which 0 needs none
         save(checkpoints, iteration, network)
     assert tf.train.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
@@ -278,9 +286,9 @@ def test_checkpoints_are_tensorflows_and_the_newest_three_are_kept(tmp_path):
     assert json.loads(reader.get_tensor("facts"))["iteration"] == 5
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest_three(place):
+def test_the_best_checkpoint_is_kept_beside_the_newest_three(place, said):
     """One that is validated and not the best so far is not saved by that alone."""
-    network, checkpoints = thin_network(), saving.Checkpoints(place, print)
+    network, checkpoints = thin_network(), Checkpoints(place)
     for iteration, top1 in (
         (1, 0.2),
         (2, 0.5),
@@ -294,23 +302,26 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_three(place):
         save(checkpoints, iteration, network, top1)
     assert checkpoints.best == [2, 0.5]
     del checkpoints
-    kept, said = saving.Checkpoints(place, print), []
+    kept = Checkpoints(place)
     for iteration in (2, 6, 7, 8):
-        assert kept.start(iteration, wanted=True).iteration == iteration
-    assert kept.start(5, wanted=True).iteration == 2
+        assert kept.start(iteration, wanted=True).facts.iteration == iteration
+    assert kept.start(5, wanted=True).facts.iteration == 2
     with pytest.raises(
         InputError, match="no intact checkpoint up to iteration 1 is kept; there are 2, 6, 7, 8$"
     ):
         kept.start(1, wanted=True)
     newest = kept.start()
-    assert newest.best == [2, 0.5] and not newest.trained and (newest.mean == MEAN).all()
-    assert newest.validated_on(None, said.append) == newest and said == []
-    assert newest.validated_on({"tars": "others"}, said.append).best is None and len(said) == 1
+    assert newest.facts.best == [2, 0.5] and not newest.trained and (newest.mean == MEAN).all()
+    before = newest.facts
+    newest.validate_on(None)
+    assert newest.facts == before and said() == []
+    newest.validate_on({"tars": "others"})
+    assert newest.facts.best is None and len(said()) == 1
 
 
-def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(tmp_path):
-    said, there, away, network = [], tmp_path / "there", tmp_path / "away", thin_network()
-    checkpoints = saving.Checkpoints(str(there), said.append)
+def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(tmp_path, said):
+    there, away, network = tmp_path / "there", tmp_path / "away", thin_network()
+    checkpoints = Checkpoints(str(there))
     save(checkpoints, 1, network, 0.1)
     there.rename(away)
     there.write_text("a file in its place")
@@ -321,25 +332,25 @@ def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(
     assert (checkpoints.best, checkpoints.lost_best) == ([3, 0.3], [2, 0.5])
     save(checkpoints, 4, network, 0.6)
     assert (checkpoints.best, checkpoints.lost_best) == ([4, 0.6], None)
-    assert len(said) == 1
+    assert len(said()) == 1
 
 
-def test_old_checkpoints_that_s3_does_not_delete_do_not_spoil_a_save(s3, bucket, monkeypatch):
-    said, network, place = [], thin_network(), f"s3://{bucket}/x"
+def test_old_checkpoints_that_s3_does_not_delete_do_not_spoil_a_save(s3, bucket, monkeypatch, said):
+    network, place = thin_network(), f"s3://{bucket}/x"
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        checkpoints = saving.Checkpoints(place, said.append)
+        checkpoints = Checkpoints(place)
         proxy.always["DELETE"] = "403"
         for iteration in range(1, 6):
             save(checkpoints, iteration, network, iteration / 10)
         proxy.always.clear()
-        assert saving.Checkpoints(place, print).start().best == [5, 0.5]
+        assert Checkpoints(place).start().facts.best == [5, 0.5]
     assert (checkpoints.saved, checkpoints.best, checkpoints.lost_best) == (5, [5, 0.5], None)
-    assert len(said) == 2 and all("than that of iteration" in line for line in said)
+    assert len(said()) == 2 and all("than that of iteration" in line for line in said())
 
 
 def test_an_iteration_that_is_saved_and_then_the_best_is_not_written_again(tmp_path):
-    network, checkpoints = thin_network(), saving.Checkpoints(str(tmp_path), print)
+    network, checkpoints = thin_network(), Checkpoints(str(tmp_path))
     save(checkpoints, 1, network)
     written = (tmp_path / "ckpt-1.index").stat().st_mtime_ns
     save(checkpoints, 1, network, 0.5)
@@ -352,15 +363,15 @@ def test_an_iteration_that_is_saved_and_then_the_best_is_not_written_again(tmp_p
 
 def test_resume_restores_weights_and_momentum(place):
     network = thin_network(momentum=0.9)
-    assert saving.Checkpoints(place, print).start() == saving.Start(place)
+    assert Checkpoints(place).start() == Start(place)
     gradients = [np.ones_like(w) for w in network.weights()]
     network.apply(gradients, 1.0, 0.1)
-    save(saving.Checkpoints(place, print), 1, network)
+    save(Checkpoints(place), 1, network)
     network.apply(gradients, 1.0, 0.1)
-    start = saving.Checkpoints(place, print).start()
-    facts = {"mini_batches": 2, "precision": "float32", "stored": "pixels", "run": RUN}
-    as_saved = saving.Start(place, iteration=1, reached=1, **facts)
-    assert start._replace(state=None, mean=None) == as_saved
+    start = Checkpoints(place).start()
+    facts = Facts(iteration=1, mini_batches=2, precision="float32", run=RUN)
+    as_saved = Start(place, facts, reached=1)
+    assert dataclasses.replace(start, state=None, mean=None) == as_saved
     other = thin_network(momentum=0.9)
     other.restore(start.state)
     other.apply(gradients, 1.0, 0.1)
@@ -370,13 +381,13 @@ def test_resume_restores_weights_and_momentum(place):
 
 def test_without_a_place_nothing_is_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save(saving.Checkpoints(None, print), 1, thin_network())
-    assert saving.Checkpoints(None, print).start() == saving.Start(None)
+    save(Checkpoints(None), 1, thin_network())
+    assert Checkpoints(None).start() == Start(None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_path):
-    network, checkpoints = thin_network(), saving.Checkpoints(str(tmp_path), print)
+def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_path, said):
+    network, checkpoints = thin_network(), Checkpoints(str(tmp_path))
     for iteration in (1, 2, 3):
         save(checkpoints, iteration, network)
     del checkpoints  # as long as they are open, the folder is theirs
@@ -385,53 +396,53 @@ def test_damaged_checkpoints_are_named_and_the_newest_intact_one_is_used(tmp_pat
     index = tmp_path / "ckpt-2.index"
     index.write_bytes(index.read_bytes()[:50])
     (tmp_path / "checkpoint").write_text("nonsense")
-    said = []
-    assert saving.Checkpoints(str(tmp_path), said.append).start().iteration == 1
-    assert ["ckpt-3" in said[0], "ckpt-2" in said[1]] == [True, True]
+    assert Checkpoints(str(tmp_path)).start().facts.iteration == 1
+    assert ["ckpt-3" in said()[0], "ckpt-2" in said()[1]] == [True, True]
     data = tmp_path / "ckpt-1.data-00000-of-00001"
     data.write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint is intact"):
-        saving.Checkpoints(str(tmp_path), said.append).start()
+        Checkpoints(str(tmp_path)).start()
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path):
-    save(saving.Checkpoints(str(tmp_path), print), 1, thin_network())
-    start, said = saving.Checkpoints(str(tmp_path), print).start(), []
+def test_a_checkpoint_of_another_run_is_refused_and_changed_rates_are_told(tmp_path, said):
+    save(Checkpoints(str(tmp_path)), 1, thin_network())
+    start = Checkpoints(str(tmp_path)).start()
     with pytest.raises(InputError, match=r"different are SEED \(was 0\)"):
-        start.must_match(RUN | {"SEED": "1"}, FIXED, said.append)
-    start = start._replace(run=RUN | {"tars": "a digest"})
+        start.must_match(RUN | {"SEED": "1"}, FIXED)
+    start.facts = dataclasses.replace(start.facts, run=RUN | {"tars": "a digest"})
     hint = "if the same tars were only uploaded again in another way, set CHECK_TARS = False"
     with pytest.raises(InputError, match=hint):
-        start.must_match({"tars": "another"}, ["tars"], said.append)
-    start.must_match(RUN, FIXED, said.append)
-    assert said == []
-    start.must_match(RUN | {"LEARNING_RATE": "0.2"}, FIXED, said.append)
-    assert said == ["LEARNING_RATE is 0.2 from here on, was 0.1"]
-    start.must_match({"WARM_UP": "5", "POWER": "1"}, FIXED, said.append)  # of a program that had none
-    assert said[1:] == [f"From here on WARM_UP = 5 and POWER = 1: {tmp_path} is of before that"]
-    saving.Start(None).must_match(RUN | {"SEED": "1"}, FIXED, said.append)  # there is none to match
-    assert len(said) == 2
+        start.must_match({"tars": "another"}, ["tars"])
+    start.must_match(RUN, FIXED)
+    assert said() == []
+    start.must_match(RUN | {"LEARNING_RATE": "0.2"}, FIXED)
+    assert said() == ["LEARNING_RATE is 0.2 from here on, was 0.1"]
+    start.must_match({"WARM_UP": "5", "POWER": "1"}, FIXED)  # of a program that had none
+    new = f"WARM_UP = 5 and POWER = 1: the checkpoints in {tmp_path} do not say it"
+    assert said()[1:] == [f"From here on {new}"]
+    Start(None).must_match(RUN | {"SEED": "1"}, FIXED)  # there is none to match
+    assert len(said()) == 2
 
 
-def test_a_save_that_fails_is_one_clear_line_and_the_next_one_is_tried(tmp_path):
-    said, there, away, network = [], tmp_path / "there", tmp_path / "away", thin_network()
-    checkpoints = saving.Checkpoints(str(there), said.append)
+def test_a_save_that_fails_is_one_clear_line_and_the_next_one_is_tried(tmp_path, said):
+    there, away, network = tmp_path / "there", tmp_path / "away", thin_network()
+    checkpoints = Checkpoints(str(there))
     there.rename(away)
     there.write_text("a file in its place")
     save(checkpoints, 1, network)
-    assert len(said) == 1 and checkpoints.saved == 0
-    assert said[0].startswith("The checkpoint of iteration 1 is not saved: --checkpoint-dir ")
+    assert len(said()) == 1 and checkpoints.saved == 0
+    assert said()[0].startswith("The checkpoint of iteration 1 is not saved: --checkpoint-dir ")
     with pytest.raises(InputError, match="--checkpoint-dir"):
-        saving.Checkpoints(str(there / "below"), print)
+        Checkpoints(str(there / "below"))
     there.unlink()
     away.rename(there)
     save(checkpoints, 2, network)
-    assert len(said) == 1 and checkpoints.saved == 2
+    assert len(said()) == 1 and checkpoints.saved == 2
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
-    first = saving.Checkpoints(str(tmp_path), print)
+    first = Checkpoints(str(tmp_path))
     with pytest.raises(InputError, match=f"^--checkpoint-dir {tmp_path}: another run saves here$"):
-        saving.Checkpoints(str(tmp_path), print)
+        Checkpoints(str(tmp_path))
     del first
-    saving.Checkpoints(str(tmp_path), print)
+    Checkpoints(str(tmp_path))

@@ -14,26 +14,21 @@ import tracemalloc
 import uuid
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-import boto3
-import numpy as np
-import psutil
-import pytest
-import ray
-from botocore.config import Config
-from PIL import Image
-
-import constants
-import decoding
+import alexnet
 import driver
 import functions
-import imagenet
-import results
-from s3 import IMPATIENT, InputError
+from machinery import constants, results
+from machinery.errors import InputError
+from machinery.storage.images import MAX_BYTES, decode_image
+from machinery.storage.s3 import IMPATIENT, data_client, read_object, s3_location
+from machinery.storage.tars import decode_part
 from tests.support import (
     ROOT,
     decode_tar,
     draw_image,
+    drive,
     encode,
     jpeg,
     make_tar,
@@ -43,6 +38,14 @@ from tests.support import (
     title,
     train,
 )
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+import ray
+from botocore.config import Config
+from PIL import Image
 
 SIZE = [256, 256]
 
@@ -60,7 +63,7 @@ class Idle:
 
 def one_error(capsys, *arguments, actor=Idle):
     """The only line on standard error of a run that must end with exit status 2."""
-    assert driver.main(list(map(str, arguments)), actor=actor) == 2
+    assert drive(arguments, actor=actor) == 2
     line, rest = capsys.readouterr().err.split("\n", 1)
     assert rest == "" and line.startswith("error: ") and line.isprintable()
     return line
@@ -148,8 +151,8 @@ def test_endpoint_that_never_answers(monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         hasty = patience.merge(Config(read_timeout=0.2))
         with pytest.raises(InputError) as caught:
-            imagenet.download("b", "k", config=hasty)
-    assert str(caught.value).startswith("s3://b/k: every attempt to read it broke off (Read timeout on")
+            read_object(data_client(hasty, **s3_location()), "b", "k")
+    assert str(caught.value).startswith("s3://b/k: Read timeout on endpoint URL")
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "http://no such host"])
@@ -288,14 +291,14 @@ def test_member_is_left_out_and_all_others_are_kept(content, why):
     members = {"good1.JPEG": photo(1), "bad.JPEG": content, "good2.JPEG": photo(2)}
     images, names, left_out = decode_tar(make_tar(members), SIZE)
     assert names == ["good1.JPEG", "good2.JPEG"]
-    assert np.array_equal(images, [decoding.decode_image(photo(seed), SIZE) for seed in (1, 2)])
+    assert np.array_equal(images, [decode_image(photo(seed), SIZE) for seed in (1, 2)])
     [(name, reason)] = left_out
     assert name == "bad.JPEG" and why in reason and reason.isprintable() and "0x" not in reason
 
 
 def test_a_file_too_large_for_an_image_is_left_out(tmp_path):
     """Without reading it, and with the image after it."""
-    image, size = make_tar({"good.JPEG": photo()}), decoding.MAX_BYTES + 512
+    image, size = make_tar({"good.JPEG": photo()}), MAX_BYTES + 512
     header = tarfile.TarInfo("large.JPEG")
     header.size = size
     with (tmp_path / "a.tar").open("wb+") as file:
@@ -304,11 +307,11 @@ def test_a_file_too_large_for_an_image_is_left_out(tmp_path):
         file.seek(512 + size)
         file.write(image)
         tracemalloc.start()
-        images, names, left_out, rest = decoding.decode_part(file, SIZE, "jpeg")
+        images, names, left_out, rest = decode_part(file, SIZE, "jpeg")
         assert tracemalloc.get_traced_memory()[1] < 50e6
         tracemalloc.stop()
         assert names == [] and left_out == [("large.JPEG", f"too large: {size} bytes")]
-        images, names, left_out, end = decoding.decode_part(file, SIZE, "jpeg", rest)
+        images, names, left_out, end = decode_part(file, SIZE, "jpeg", rest)
     assert names == ["good.JPEG"] and len(images) == 1 and left_out == [] and end is None
 
 
@@ -344,7 +347,7 @@ def test_what_is_readable_of_a_tar_is_kept(tar, kept, why):
     images, names, left_out = decode_tar(tar, SIZE)
     assert names == [f"{seed}.JPEG" for seed in kept]
     for seed, image in zip(kept, images, strict=True):
-        assert np.array_equal(image, decoding.decode_image(photo(int(seed)), SIZE))
+        assert np.array_equal(image, decode_image(photo(int(seed)), SIZE))
     assert f"{left_out[0][0]}: {left_out[0][1]}" == why
 
 
@@ -423,6 +426,9 @@ def test_held_out_set_that_is_unusable(thin, one_ray, s3, bucket, capsys, flags,
 def test_places_for_results_that_are_unusable(one_ray, s3, bucket, capsys, tmp_path):
     """Each is told before anything is loaded."""
     (tmp_path / "file").write_text("of someone else")
+    model, theirs = tmp_path / "model", "saved_model.pb there is another program's"
+    model.mkdir()
+    (model / "saved_model.pb").write_text("of someone else")
     for flags, message in (
         (["--log-dir", "s3://b/curves"], "--log-dir s3://b/curves: name a local folder"),
         (["--log-dir", tmp_path / "file"], f"--log-dir {tmp_path}/file: File exists"),
@@ -430,14 +436,8 @@ def test_places_for_results_that_are_unusable(one_ray, s3, bucket, capsys, tmp_p
         (["--checkpoint-dir", "/proc/x"], "--checkpoint-dir /proc/x: No such file or directory"),
         (["--export-dir", "/proc/x/y"], "--export-dir /proc/x/y: No such file or directory"),
         (["--export-dir", tmp_path / "file"], f"--export-dir {tmp_path}/file: File exists"),
-        (
-            ["--export-dir", tmp_path],
-            f"--export-dir {tmp_path}: holds something else: name a new folder",
-        ),
-        (
-            ["--export-dir", "s3://none-such/x"],
-            "s3://none-such/x/.check-",
-        ),
+        (["--export-dir", model], f"--export-dir {model}: {theirs}; name another place"),
+        (["--export-dir", "s3://none-such/x"], "s3://none-such/x/.check-"),
     ):
         assert one_error(capsys, "--s3-bucket", bucket, *flags).startswith(f"error: {message}")
 
@@ -457,7 +457,7 @@ def test_more_workers_than_a_growing_cluster_gets_room_for(thin, one_ray, small,
     monkeypatch.setattr(thin, "NUM_WORKERS", 2)
     monkeypatch.setattr(thin, "CPUS_PER_WORKER", 3)
     monkeypatch.setattr(thin, "WORKER_WAIT", 2)
-    assert driver.main(small) == 2
+    assert drive(small) == 2
     lack = "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room for 0"
     out, err = capsys.readouterr()
     assert f"{lack}: waiting up to 2 s for more nodes" in out.splitlines()
@@ -494,9 +494,8 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("layers", [(), (("conv", 8, 11, 4), ("dense", 8)) * 2])
 def test_layers_without_a_dense_one_last_or_with_one_between(layers):
-    values = {name: value for name, value in vars(driver).items() if name.isupper()}
     with pytest.raises(InputError) as caught:
-        constants.check(values | {"LAYERS": layers})
+        constants.check(vars(driver) | {"LAYERS": layers}, alexnet.are_layers)
     assert str(caught.value).endswith(CONSTANTS["LAYERS"][1])
 
 
@@ -512,9 +511,9 @@ def test_constant_that_makes_no_sense(capsys, monkeypatch, name):
 
 
 def test_every_constant_has_a_rule_that_it_keeps():
-    named = {name: value for name, value in vars(driver).items() if name.isupper()}
-    assert named.keys() == constants.RULES.keys()
-    constants.check(named)
+    named = re.findall(r"^([A-Z_]+) = ", Path(driver.__file__).read_text(), re.MULTILINE)
+    assert {*named} == {*constants.RULES, "LAYERS"}
+    constants.check(vars(driver), alexnet.are_layers)
 
 
 class SignalWhileLoading(results.Report):
@@ -534,7 +533,7 @@ class SignalWhileLoading(results.Report):
 def test_signal_while_loading_stops_at_once(thin, one_ray, small, capsys, number, status):
     before = signal.getsignal(number)
     report = SignalWhileLoading(number)
-    assert driver.main([*small, "--iterations", "3"], report=report, actor=Idle) == status
+    assert drive([*small, "--iterations", "3"], report=report, actor=Idle) == status
     assert signal.getsignal(number) == before  # it leaves no handler of its own
     out, err = capsys.readouterr()
     assert "Loading" in out and "Shuffle" not in out and err == ""

@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.support import ROOT, free_port, wait_for_port
+
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
-
-from tests.support import ROOT, free_port, wait_for_port
 
 
 def test_cluster_yaml_is_of_rays_schema_and_of_the_same_ray():
@@ -58,7 +58,8 @@ def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
     """The modules come with the job's working directory, so that driver.py's would be too many."""
     jobs, address, environment = head
     work = tmp_path / "work"
-    shutil.copytree(ROOT / "tests", work / "tests")
+    for package in "machinery", "tests":
+        shutil.copytree(ROOT / package, work / package)
     for module in ROOT.glob("*.py"):
         shutil.copy(module, work)
     job = ["ray", "job", "submit", "--address", jobs, "--working-dir", work, "--"]

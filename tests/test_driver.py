@@ -11,19 +11,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pytest
-import ray
-import tensorflow
-from PIL import Image
-
 import alexnet
 import driver
 import functions
 import imagenet
-import results
-import saving
-from alexnet import tf
+from machinery import results
+from machinery.storage.checkpoints import Checkpoints, Facts
+from machinery.storage.export import SavedModel
+from machinery.storage.tf1 import tf
 from tests.fault_proxy import fault_proxy
 from tests.support import (
     ROOT,
@@ -36,6 +31,12 @@ from tests.support import (
     thin_constants,
     train,
 )
+
+import numpy as np
+import pytest
+import ray
+import tensorflow
+from PIL import Image
 
 VALIDATED = ["--val-prefix", "ILSVRC2012_img_train/n0150000", "--val-label-file", "train.txt"]
 
@@ -94,7 +95,7 @@ def test_rates_drop_and_steps_are_as_long_as_rate_and_clip_norm_say(
     assert train(photos, "--iterations", 5, "--checkpoint-dir", tmp_path, **hooks) == 0
     assert report.rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
     assert min(report.norms) > 0.01  # each step was shortened
-    state = saving.Checkpoints(str(tmp_path), print).start().state
+    state = Checkpoints(str(tmp_path)).start().state
     last_step = [value for name, value in state.items() if name.endswith("/Momentum")]
     length = np.sqrt(sum(np.vdot(part, part) for part in last_step))
     assert length == pytest.approx(0.005 * 0.01, rel=1e-3)
@@ -151,9 +152,10 @@ def test_the_whole_story(finished):
 @pytest.fixture(scope="module")
 def held_out(photos, finished):
     """All images of that run uint8 [120, 256, 256, 3], which were held out too, and their labels."""
-    labels, images, y_true = imagenet.read_labels(photos, "train.txt", 10), [], []
-    for tar in imagenet.list_tars(photos, "")[0]:
-        decoded, names, _ = decode_tar(imagenet.download(photos, tar.key), (256, 256))
+    source, images, y_true = imagenet.source_of(photos), [], []
+    labels = imagenet.read_labels(source, "train.txt", 10)
+    for tar in imagenet.list_tars(source, "")[0]:
+        decoded, names, _ = decode_tar(source.read(tar.key), (256, 256))
         images.append(decoded)
         y_true += [labels[name] for name in names]
     return np.concatenate(images), np.array(y_true)
@@ -163,7 +165,7 @@ def held_out(photos, finished):
 def session(finished, held_out):
     """One session with the weights of that run, and all images as it takes them."""
     network = alexnet.AlexNet(THIN, num_classes=10)
-    state = saving.Checkpoints(str(finished[1] / "saved"), print).start().state
+    state = Checkpoints(str(finished[1] / "saved")).start().state
     network.restore(state)
     images, _ = held_out
     return network, (images - images.mean(axis=0).astype(np.float32))[:, 16:240, 16:240]
@@ -220,8 +222,8 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
     network, _ = session
     mean = np.zeros((256, 256, 3), np.float32)
     for place in (str(tmp_path / "network"), f"s3://{bucket}/deep/network"):
-        saving.SavedModel(place).write(network, mean + 100)
-        saving.SavedModel(place).write(network, mean)
+        SavedModel(place).write(network, mean + 100)
+        SavedModel(place).write(network, mean)
     assert [path.name for path in tmp_path.iterdir()] == ["network"]  # and no leftovers
     for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]:
         path = tmp_path / "s3" / obj["Key"].removeprefix("deep/network/")
@@ -234,9 +236,11 @@ def test_export_replaces_an_older_one_in_a_folder_and_in_s3(finished, s3, bucket
         assert np.ptp(np.log(exported(photo)["probabilities"].numpy()) - logits) < 1e-4
 
 
-def test_images_are_kept_as_pixels_if_these_fit(thin, one_ray, photos):
+def test_images_are_kept_as_pixels_if_these_fit(thin, one_ray, photos, caplog):
     """A checkpoint's form stays. The same few tars count many times: each of them is small."""
-    few, _ = imagenet.list_tars(photos, "")
+    caplog.set_level("INFO", "driver")
+    source = imagenet.source_of(photos)
+    few, _ = imagenet.list_tars(source, "")
     for some, before, stored, spilled in (
         (few, None, "pixels", False),
         (few * 30, None, "jpeg", False),
@@ -244,9 +248,9 @@ def test_images_are_kept_as_pixels_if_these_fit(thin, one_ray, photos):
         (few, "jpeg", "jpeg", False),
         (few * 30, "pixels", "pixels", True),
     ):
-        said = []
-        assert thin.form_of_images(photos, some, before, 2, "float32", said.append) == stored
-        assert ("goes to disk" in said[0]) == spilled
+        facts = Facts(mini_batches=2, precision="float32", stored=before)
+        assert thin.plan_of(facts, source, some).stored == stored
+        assert ("goes to disk" in caplog.messages[-1]) == spilled
 
 
 def test_a_resume_stays_with_the_form_of_the_images(
@@ -285,6 +289,7 @@ def test_a_resume_on_another_cpu_is_told(thin, one_ray, photos, finished, tmp_pa
         there, names = str(tmp_path / "saved" / "ckpt-3"), list(state)
         tensors = {"tensor_names": names, "tensors": [tf.constant(state[name]) for name in names]}
         session.run(tf.raw_ops.SaveV2(prefix=there, shape_and_slices=[""] * len(names), **tensors))
+    (tmp_path / "saved" / "checkpoint.lock").touch()
     flags = ["--iterations", 4, "--checkpoint-dir", tmp_path / "saved"]
     assert train(photos, *flags, actor=noting_worker(tmp_path)) == 0
     out = capsys.readouterr().out
@@ -296,18 +301,19 @@ import sys
 from pathlib import Path
 import ray
 import os
-import driver, joining
+import driver
+from machinery.cluster import joining
 
-assert joining.connect(os.environ["RAY_ADDRESS"])
+joining.join(driver.runtime_env(), None)
 checkout = Path(driver.__file__).resolve().parent
 checkout.rename(checkout.with_name("gone"))  # from here on, no node can see it
 
 @ray.remote
 def carried():
-    import adding, alexnet, decoding, functions, imagenet, s3, terminal, watching
-    modules = adding, alexnet, decoding, functions, imagenet, s3, terminal, watching
-    return sorted({str(file) for module in modules
-                   for file in Path(module.__file__).parent.iterdir() if file.name != "__pycache__"})
+    import alexnet, functions, imagenet, machinery
+    files = alexnet.__file__, functions.__file__, imagenet.__file__, Path(machinery.__file__).parent
+    return sorted({str(path) for file in files for path in Path(file).parent.rglob("*")
+                   if path.suffix != ".pyc" and path.is_file()})
 
 print(*ray.get(carried.remote()), sep="\\n")
 """
@@ -318,7 +324,10 @@ def test_modules_and_nothing_else_reach_nodes_without_the_checkout(one_ray, tmp_
     checkout.mkdir()
     for module in ROOT.glob("*.py"):
         shutil.copy(module, checkout)
-    for folder in (".git", ".venv", "checkpoints", "data"):
+    shutil.copytree(ROOT / "machinery", checkout / "machinery", ignore=lambda *_: ["__pycache__"])
+    carried = [checkout / f"{name}.py" for name in ("alexnet", "functions", "imagenet")]
+    carried += [path for path in (checkout / "machinery").rglob("*") if path.is_file()]
+    for folder in (".git", ".venv", "checkpoints", "data", "machinery/__pycache__"):
         (checkout / folder).mkdir()
         (checkout / folder / "ballast").write_text("x")
     output = subprocess.run(
@@ -330,6 +339,5 @@ def test_modules_and_nothing_else_reach_nodes_without_the_checkout(one_ray, tmp_
         timeout=120,
     )
     files = [Path(line) for line in output.stdout.split()]
-    carried = "adding", "alexnet", "decoding", "functions", "imagenet", "s3", "terminal", "watching"
-    assert sorted(file.name for file in files) == [f"{name}.py" for name in carried], output.stderr
+    assert sorted(file.name for file in files) == sorted(path.name for path in carried), output.stderr
     assert not any({tmp_path, ROOT} & set(file.parents) for file in files)

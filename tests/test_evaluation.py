@@ -3,17 +3,16 @@
 import contextlib
 import functools
 import io
-import json
 import os
 import re
 import shutil
 
-import pytest
-
-from alexnet import tf
+from machinery.storage.tf1 import tf
 from tests.fault_proxy import fault_proxy
 from tests.moments import At
 from tests.support import VALIDATED, checksums, noting_worker, thin_constants, train_here
+
+import pytest
 
 
 @pytest.fixture(scope="module")
@@ -106,26 +105,6 @@ def test_of_damaged_checkpoints_the_newest_intact_one(thin, one_ray, photos, cop
     assert train_here(photos, copied, 4, actor=actor) == 0
     assert f"Resumed from {copied} at iteration 2\n" in capsys.readouterr().out
     assert len(checksums(copied)) == 32
-
-
-def test_a_checkpoint_of_before_mean_images_were_saved(thin, one_ray, photos, trained, copied, capsys):
-    reader = tf.train.load_checkpoint(str(copied))
-    state = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    del state["mean"]
-    new = "epoch", "validated", "best", "held_out"
-    facts = {name: fact for name, fact in json.loads(state["facts"]).items() if name not in new}
-    state["facts"] = json.dumps(facts).encode()
-    with tf.Graph().as_default(), tf.Session() as session:
-        there, names = str(copied / "ckpt-4"), list(state)
-        tensors = {"tensor_names": names, "tensors": [tf.constant(state[name]) for name in names]}
-        session.run(tf.raw_ops.SaveV2(prefix=there, shape_and_slices=[""] * len(names), **tensors))
-    assert train_here(photos, copied, 4, *VALIDATED) == 0
-    out = capsys.readouterr().out
-    why = "has no mean image yet: the training set is loaded to compute it"
-    assert f"{copied} {why}\n" in out and "Loading: 10 of 10 tars" in out and "Shuffle" not in out
-    assert out.splitlines()[-2] == re.sub(" .epoch 0.3.", "", trained[1][1])
-    assert train_here(photos, copied, 5, actor=noting_worker(copied.parent)) == 0
-    assert f"Resumed from {copied} at iteration 4\n" in capsys.readouterr().out
 
 
 def test_the_best_is_the_same_after_crashes(thin, one_ray, photos, tmp_path, monkeypatch, capsys):

@@ -4,14 +4,13 @@ import contextlib
 import itertools
 import os
 import re
-import signal
-
-import psutil
-import pytest
-import ray
+import time
+from pathlib import Path
 
 import imagenet
-import results
+from machinery import results
+from machinery.cluster import tasks
+from machinery.cluster.nodes import ANSWER, BETWEEN_LOOKS
 from tests.fault_proxy import fault_proxy
 from tests.nodes import Nodes
 from tests.support import (
@@ -29,30 +28,37 @@ from tests.support import (
     workers_of,
 )
 
+import psutil
+import pytest
+import ray
+
 # ---- data
 
 
 def test_task_that_hangs_is_named_and_run_again(
     thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys
 ):
+    """It waits for an answer, less long than S3's own patience is."""
     monkeypatch.setattr(thin, "TASK_TIMEOUT", 6)
+    monkeypatch.setattr(tasks, "PATIENCE", 2)
     task = f"s3://{photos}/ILSVRC2012_img_train/n01500003.tar"
-    stopped = []
+    hanging = []
 
-    def stop():
-        """The tar comes only once the task is stopped, so that this is in the middle of it."""
-        stopped.extend(titled(os.getpid(), f"ray::{task}"))
-        stopped[-1].send_signal(signal.SIGSTOP)
+    def hang():
+        hanging.extend(titled(os.getpid(), f"ray::{task}"))
+        psutil.wait_procs(hanging, timeout=60)
 
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        proxy.faults["GET", "n01500003.tar"] = iter([stop])
+        proxy.faults["GET", "n01500003.tar"] = iter([hang])
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         assert train_here(photos, tmp_path, actor=noting_worker(tmp_path)) == 0
-    late = rf"{task} has not ended in 6 s on node \w{{8}}: this task is run again"
-    seen = rf"a process is stopped on node \w{{8}} \(ray::{task}\): it is ended"  # at the same time
-    assert len(re.findall(f"^(?:{late}|{seen})$", capsys.readouterr().out, re.M)) == len(stopped) == 1
-    psutil.wait_procs(stopped, timeout=30)
-    assert not stopped[0].is_running()
+        asked = [request for request in proxy.requests if request.key == "n01500003.tar"]
+    assert len(hanging) == 1 and not hanging[0].is_running()
+    assert len(asked) == 2
+    [log] = Path(os.environ["RAY_TMPDIR"]).glob(f"ray/session_2*/logs/worker-*-{hanging[0].pid}.err")
+    assert "Timeout (0:00:06)!" in log.read_text() and "in load_tarfile" in log.read_text()
+    named = f"Loading: 1 tars are still read ({task})"
+    assert named in capsys.readouterr().out.splitlines()
     assert checksums(tmp_path) == undisturbed
 
 
@@ -78,7 +84,7 @@ def test_tar_that_changes_after_it_was_listed_is_noticed(
     thin, one_ray, s3, photos, bucket, tmp_path, capsys
 ):
     s3.copy({"Bucket": photos, "Key": "train.txt"}, bucket, "train.txt")
-    for tar in imagenet.list_tars(photos, "")[0][:2]:
+    for tar in imagenet.list_tars(imagenet.source_of(photos), "")[0][:2]:
         s3.copy({"Bucket": photos, "Key": tar.key}, bucket, tar.key)
     assert train_here(bucket, tmp_path, 1, actor=noting_worker(tmp_path)) == 0
     s3.put_object(Bucket=bucket, Key=tar.key, Body=make_tar({"n1500000_0.JPEG": b"changed"}))
@@ -121,6 +127,33 @@ def test_data_larger_than_the_object_stores_spills_and_a_full_disk_is_one_clear_
     assert fingerprints(run.output()) == [contents(many)] * 2
     assert len(re.findall("^error: .*disk", on_a_full_disk.output(), re.M)) == 1
     assert_clean(on_a_full_disk.output())
+
+
+# ---- the cluster's head
+
+
+def test_head_that_is_silent_for_a_while(photos, undisturbed, tmp_path):
+    """While it stands still, and is not asked for anything else, iterations go on."""
+    first, then, last = pauses = [(3, "compute"), (9, "compute"), (15, "compute")]
+    settings = [f"NOTES='{tmp_path}'", f"PAUSES={pauses}"]
+    saved, line = tmp_path / "saved", "The head of the Ray cluster is silent for 20 s: the run goes on"
+    with (
+        contextlib.closing(Nodes(2, others=0, cpus=0)) as nodes,
+        train_elsewhere(photos, saved, nodes.address, *settings) as run,
+    ):
+        with run.paused(*first):
+            nodes.head().suspend()
+            time.sleep(BETWEEN_LOOKS)
+        with run.paused(*then):
+            time.sleep(ANSWER)
+        with run.paused(*last):
+            assert line in run.output()
+            assert len([*saved.glob("ckpt-*.index")]) == 1
+            nodes.head().resume()
+        assert run.wait() == 0, run.output()
+    assert run.output().count(line) == 1
+    assert_clean(run.output())
+    assert checksums(saved) == undisturbed
 
 
 # ---- a long run

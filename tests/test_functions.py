@@ -1,17 +1,18 @@
 """Remote functions on batches, on a real Ray: labels, shuffle, mean image, mini-batches."""
 
+import functions
+import imagenet
+from functions import NO_LABEL, Batch
+from machinery.cluster import adding
+from machinery.cluster.helpers import Helpers
+from machinery.storage.images import Jpegs
+from machinery.storage.tars import PART
+from tests.support import draw_image, jpeg, make_tar
+
 import numpy as np
 import pytest
 import ray
 import simplejpeg
-
-import cluster
-import decoding
-import functions
-import imagenet
-from decoding import Jpegs
-from functions import NO_LABEL, Batch
-from tests.support import draw_image, jpeg, make_tar
 
 
 def as_jpegs(images):
@@ -74,8 +75,15 @@ def test_label_table_answers_as_the_dictionary_does():
     assert [table.get(name, -1) for name in names] == [labels.get(name, -1) for name in names]
 
 
+@pytest.fixture
+def said(caplog):
+    """A function that gives the lines of the log so far."""
+    caplog.set_level("INFO", "driver")
+    return lambda: caplog.messages
+
+
 @STORED
-def test_match_drops_unlabelled_images_and_empty_batches(tasks, stored):
+def test_match_drops_unlabelled_images_and_empty_batches(one_ray, said, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
     names = [["t/a", "t/b"], ["t/c", "t/x", "t/d"], ["t/y"], []]
     pairs = ray.put(functions.LabelTable({"a": 0, "b": 1, "c": 2, "d": 3}))
@@ -84,47 +92,45 @@ def test_match_drops_unlabelled_images_and_empty_batches(tasks, stored):
         imagenet.Loaded(i, ray.put(some), ray.put(report), None)
         for i, some in zip(images, names, strict=True)
     ]
-    said = []
-    data = functions.DataSet("b", "", "train.txt", loaded, pairs, {})
-    batches = functions.match(data, said.append, tasks)
+    data = imagenet.DataSet("b", "", "train.txt", ["a.tar"] * 4)
+    batches = functions.match(functions.Loading(data, loaded, pairs, {}))
     assert [batch.count for batch in batches] == [2, 2]
     assert [ray.get(batch.labels).tolist() for batch in batches] == [[0, 1], [2, 3]]
     left = ray.get(batches[1].images)
     assert left.shape == (2, 4, 4, 3) and [image.mean() for image in left] == [2, 4]
-    assert said[-2:] == [
+    assert said()[-2:] == [
         "2 images have no label and are left out: 'x', 'y'",
         "4 images in 2 batches",
     ]
 
 
 @STORED
-def test_a_large_tar_is_several_batches(tasks, s3, bucket, stored):
+def test_a_large_tar_is_several_batches(one_ray, s3, bucket, said, stored):
     """Ray's tasks load one part after the other, in the order of the tar."""
-    image, (each, _) = jpeg(draw_image(0, np.random.default_rng(0), (60, 50))), decoding.PART
+    image, (each, _) = jpeg(draw_image(0, np.random.default_rng(0), (60, 50))), PART
     names = [f"{number}.JPEG" for number in range(2 * each + 3)]
     files = {"first": b"no image"} | dict.fromkeys(names, image) | {"last": b"no image"}
     for key, some in ("a.tar", files), ("b.tar", {"b.JPEG": image}):
         s3.put_object(Bucket=bucket, Key=key, Body=make_tar(some))
-    tars, _ = imagenet.list_tars(bucket, "")
-    loaded, said = imagenet.load_tarfiles_from_s3(bucket, tars, [8, 8], tasks, stored), []
+    data = imagenet.find(imagenet.source_of(bucket), "", "train.txt")
+    loaded = imagenet.load_tarfiles_from_s3(data.source, data.tars, [8, 8], stored)
     pairs = ray.put(functions.LabelTable({name: i % 7 for i, name in enumerate([*names, "b.JPEG"])}))
-    data = functions.DataSet(bucket, "", "train.txt", loaded, pairs, {})
-    batches = functions.match(data, said.append, tasks)
+    batches = functions.match(functions.Loading(data, loaded, pairs, {}))
     assert [batch.count for batch in batches] == [each, each, 3, 1]
     labels = np.concatenate(ray.get([batch.labels for batch in batches]))
     assert labels.tolist() == [i % 7 for i in range(2 * each + 4)]
     assert [len(ray.get(batch.images)) for batch in batches] == [each, each, 3, 1]
     images, left_out = f"{2 * each + 4} images", "2 left out: first: no image; last: no image"
-    assert said[-3:-1] == [f"Loading: 2 of 2 tars, {images}", f"s3://{bucket}/a.tar: {left_out}"]
-    assert said[-1] == f"{images} in 4 batches"
+    assert said()[-3:-1] == [f"Loading: 2 of 2 tars, {images}", f"s3://{bucket}/a.tar: {left_out}"]
+    assert said()[-1] == f"{images} in 4 batches"
 
 
 @STORED
 @pytest.mark.parametrize("sizes", [(5, 3, 4, 1), (3, 2, 4), (6,)])
-def test_shuffle_keeps_every_image_once_with_its_label(tasks, sizes, stored):
+def test_shuffle_keeps_every_image_once_with_its_label(one_ray, sizes, stored):
     batches = put_batches(sizes, 8, stored)
     for number in range(5):
-        batches = functions.shuffle_round(batches, 0, number, tasks)
+        batches = functions.shuffle_round(batches, 0, number)
         images, labels = (ray.get([getattr(b, part) for b in batches]) for part in ("images", "labels"))
         assert sorted(np.concatenate(labels).tolist()) == list(range(sum(sizes)))
         for batch, some, label in zip(batches, images, labels, strict=True):
@@ -133,9 +139,9 @@ def test_shuffle_keeps_every_image_once_with_its_label(tasks, sizes, stored):
     assert sorted(batch.count for batch in batches) == sorted(sizes)
 
 
-def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(tasks):
+def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(one_ray):
     def shuffled(seed):
-        mixed = functions.shuffle_round(put_batches([50] * 4, side=2), seed, 0, tasks)
+        mixed = functions.shuffle_round(put_batches([50] * 4, side=2), seed, 0)
         return [ray.get(batch.labels).tolist() for batch in mixed]
 
     first = shuffled(1)
@@ -145,38 +151,39 @@ def test_shuffle_pairs_are_disjoint_mixed_and_decided_by_the_seed(tasks):
         assert len({image // 50 for image in a}) == 2
 
 
-def test_rounds_that_do_not_mix_all_are_told(tasks):
+def test_rounds_that_do_not_mix_all_are_told(one_ray, said, caplog):
     for rounds, told in (2, True), (3, False):
-        batches, said = put_batches([2] * 5, side=1), []
-        functions.shuffle(batches, rounds, 0, said.append, tasks)
+        batches = put_batches([2] * 5, side=1)
+        caplog.clear()
+        functions.shuffle(batches, rounds, 0)
         hint = "2 shuffle rounds mix the images of 4 tars: SHUFFLE_ROUNDS = 3 would mix all 5"
-        assert (hint in said) == told and len(batches) == 5
+        assert (hint in said()) == told and len(batches) == 5
 
 
-def test_after_three_rounds_a_batch_has_images_of_eight(tasks):
+def test_after_three_rounds_a_batch_has_images_of_eight(one_ray):
     batches = put_batches([160] * 8, side=1)
     for number in range(3):
-        batches = functions.shuffle_round(batches, 0, number, tasks)
+        batches = functions.shuffle_round(batches, 0, number)
     for labels in ray.get([batch.labels for batch in batches]):
         counts = np.bincount(labels // 160, minlength=8)
         assert counts.min() >= 8 and counts.max() <= 34  # 20 are due
 
 
-def test_an_odd_batch_out_takes_part_in_another_round(tasks):
+def test_an_odd_batch_out_takes_part_in_another_round(one_ray):
     batches = put_batches([40] * 3, side=2)
     for number in range(5):
-        batches = functions.shuffle_round(batches, 0, number, tasks)
+        batches = functions.shuffle_round(batches, 0, number)
     for batch in batches:
         assert len({image // 40 for image in ray.get(batch.labels).tolist()}) == 3
 
 
-def test_mean_image_is_exact(tasks):
+def test_mean_image_is_exact(one_ray):
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, (n, 6, 5, 3), np.uint8) for n in (4, 1, 7)]
     for form in np.asarray, as_jpegs:
         images = [form(array) for array in arrays]
         batches = [Batch(ray.put(some), None, len(some)) for some in images]
-        mean = functions.mean_image(batches, print, tasks)
+        mean = functions.mean_image(batches)
         assert mean.dtype == np.float32
         all_pixels = np.array([image for some in images for image in some])
         np.testing.assert_array_equal(mean, all_pixels.mean(axis=0).astype(np.float32))
@@ -196,7 +203,7 @@ def test_crop_image_crops_and_mirrors(dtype):
 
 def draw(batches, **changes):
     arguments = {"size": 20, "count": 2, "seed": 0, "iteration": 3} | changes
-    drawn = cluster.Helpers().draw_minibatches(batches, **arguments)
+    drawn = functions.draw_minibatches(Helpers(functions.Helper), batches, **arguments)
     return ray.get([minibatch.ref() for minibatch in drawn])
 
 
@@ -232,10 +239,11 @@ def test_random_batch_is_as_likely_as_it_is_large():
 
 
 def test_an_accuracys_sample_is_bounded_and_cropped_at_the_centre(one_ray):
-    helpers = cluster.Helpers()
+    helpers = Helpers(functions.Helper)
 
     def sample(images, parts):
-        drawn = helpers.draw_sample(put_batches([images]), 100, parts, 0, 0)
+        arguments = {"size": 100, "parts": parts, "seed": 0, "iteration": 0}
+        drawn = functions.draw_sample(helpers, put_batches([images]), **arguments)
         return ray.get([part.ref() for part in drawn])
 
     parts = sample(250, 3)
@@ -256,7 +264,7 @@ def test_the_mean_is_subtracted_under_the_same_crop():
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 7, 11), (1000, 1001)])
 def test_aligned_arrays_start_at_a_multiple_of_64_bytes(shape):
-    arrays = [functions.aligned_empty(shape) for _ in range(10)]
+    arrays = [adding.aligned_empty(shape) for _ in range(10)]
     assert all(array.ctypes.data % 64 == 0 for array in arrays)
     assert all(array.shape == shape and array.dtype == np.float32 for array in arrays)
     for i, array in enumerate(arrays):

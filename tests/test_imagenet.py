@@ -6,6 +6,16 @@ import os
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import imagenet
+from machinery import ending, results
+from machinery.cluster import tasks
+from machinery.errors import InputError
+from machinery.storage.images import decode_image
+from machinery.storage.s3 import Bucket, Tar, s3_location
+from tests.fault_proxy import fault_proxy
+from tests.support import decode_tar, draw_image, encode, jpeg, make_tar
 
 import cv2
 import numpy as np
@@ -13,13 +23,6 @@ import pytest
 import ray
 import simplejpeg
 from PIL import Image, ImageChops
-
-import cluster
-import decoding
-import imagenet
-from s3 import s3_location
-from tests.fault_proxy import fault_proxy
-from tests.support import decode_tar, draw_image, encode, jpeg, make_tar
 
 SIZE = [256, 256]
 
@@ -35,7 +38,7 @@ def difference(data, wanted, size=SIZE):
     """Mean absolute difference, grey levels, of a decoded image from Pillow's Lanczos of `wanted`."""
     height, width = size
     lanczos = np.asarray(wanted.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-    decoded = decoding.decode_image(data, size)
+    decoded = decode_image(data, size)
     assert decoded.shape == (height, width, 3) and decoded.dtype == np.uint8
     return np.abs(decoded.astype(int) - lanczos).mean()
 
@@ -54,7 +57,7 @@ def test_list_has_every_page(s3, bucket):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda key: s3.put_object(Bucket=bucket, Key=key, Body=b""), keys))
     assert s3.list_objects(Bucket=bucket)["IsTruncated"], "all keys fit on one page"
-    tars, others = imagenet.list_tars(bucket, "train/")
+    tars, others = imagenet.list_tars(imagenet.source_of(bucket), "train/")
     assert [tar.key for tar in tars] == keys and others == 0
 
 
@@ -62,35 +65,35 @@ def test_list_filters_by_prefix_and_leaves_out_what_is_no_tar(s3, bucket):
     keys = ["train/a.tar", "train/b.tar", "train/", "train/b.tar.txt", "train/readme", "other/c.tar"]
     for key in keys:
         s3.put_object(Bucket=bucket, Key=key, Body=key.encode())
-    tars, others = imagenet.list_tars(bucket, "train/")
+    source = imagenet.source_of(bucket)
+    tars, others = imagenet.list_tars(source, "train/")
     heads = [s3.head_object(Bucket=bucket, Key=key) for key in keys[:2]]
-    assert tars == [
-        imagenet.Tar(key, head["ETag"], len(key)) for key, head in zip(keys, heads, strict=False)
-    ]
+    assert tars == [Tar(key, head["ETag"], len(key)) for key, head in zip(keys, heads, strict=False)]
     assert others == 3
-    assert [tar.key for tar in imagenet.list_tars(bucket, "train/b")[0]] == ["train/b.tar"]
+    assert [tar.key for tar in imagenet.list_tars(source, "train/b")[0]] == ["train/b.tar"]
 
 
 # ---- loading
 
 
-def test_load_returns_at_once_with_one_task_a_tar(one_ray, bucket):
-    tars = [imagenet.Tar(key, None, 0) for key in ("a.tar", "b.tar", "c.tar")]
+def test_load_returns_at_once_with_one_task_a_tar(one_ray, bucket, monkeypatch):
+    tars = [Tar(key, None, 0) for key in ("a.tar", "b.tar", "c.tar")]
     # No node has a gate, so that none of the tasks can run while load_tarfiles_from_s3 does.
-    tasks = cluster.DataTasks(print, 300, print, resources={"gate": 1})
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, tasks)
+    monkeypatch.setattr(tasks, "start", partial(tasks.start, resources={"gate": 1}))
+    loaded = imagenet.load_tarfiles_from_s3(imagenet.source_of(bucket), tars, SIZE)
     started = [{ref.task_id() for ref in tar[:3]} for tar in loaded]
     assert [len(ids) for ids in started] == [1, 1, 1] and len(set.union(*started)) == 3
     for images, *_ in loaded:
         ray.cancel(images)
 
 
-def test_load_returns_images_names_and_a_report(tasks, s3, bucket):
+def test_load_returns_images_names_and_a_report(one_ray, s3, bucket):
     odd = "train/é +%25 x.tar"
     put_tar(s3, bucket, "train/a.tar", ["n1/n1_1.JPEG", "n1/n1_2.JPEG", "n1/sub/n1_3.JPEG"])
     put_tar(s3, bucket, odd, ["n2_1.JPEG"], size=(100, 700))
-    tars, _ = imagenet.list_tars(bucket, "train/")
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, tasks)
+    source = imagenet.source_of(bucket)
+    tars, _ = imagenet.list_tars(source, "train/")
+    loaded = imagenet.load_tarfiles_from_s3(source, tars, SIZE)
     one, other = (ray.get(list(tar[:3])) for tar in loaded)
     images, *rest = one
     assert images.shape == (3, 256, 256, 3) and images.dtype == np.uint8
@@ -112,12 +115,14 @@ def test_images_lie_in_the_order_of_their_names():
     assert names == ["grey", "blue"] and grey == 0 and colour > 50
 
 
-def test_drivers_endpoint_and_region_reach_the_tasks(one_ray, s3, bucket):
+def test_drivers_endpoint_and_region_reach_the_tasks(one_ray, s3, bucket, monkeypatch):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
     elsewhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_DEFAULT_REGION": "eu-north-1"}
-    [tar], _ = imagenet.list_tars(bucket, "")
-    tasks = cluster.DataTasks(print, 300, print, runtime_env={"env_vars": elsewhere})
-    [loaded] = imagenet.load_tarfiles_from_s3(bucket, [tar], SIZE, tasks)
+    source = imagenet.source_of(bucket)
+    tars, _ = imagenet.list_tars(source, "")
+    there = {"runtime_env": {"env_vars": elsewhere}}
+    monkeypatch.setattr(tasks, "start", partial(tasks.start, **there))
+    [loaded] = imagenet.load_tarfiles_from_s3(source, tars, SIZE)
     assert ray.get(loaded.filenames) == ["a/a.JPEG"]
 
 
@@ -151,39 +156,44 @@ def test_every_request_for_data_is_anonymous_or_paid(s3, bucket, monkeypatch, se
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         for name, text in setting.items():
             monkeypatch.setenv(name, text)
-        [tar], _ = imagenet.list_tars(bucket, "")
-        assert imagenet.estimate_images(bucket, [tar]) > 0
-        assert imagenet.read_labels(bucket, "train.txt", 10) == {"a.JPEG": 1}
-        images, *_ = imagenet.load_tarfile(bucket, tar, 0, SIZE, "pixels", s3_location())
+        source = imagenet.source_of(bucket)
+        [tar], _ = imagenet.list_tars(source, "")
+        assert imagenet.estimate_images(source, [tar]) > 0
+        assert imagenet.read_labels(source, "train.txt", 10) == {"a.JPEG": 1}
+        images, *_ = imagenet.load_tarfile(source, tar, 0, SIZE, "pixels")
         assert len(images) == 1
         headers = [request.headers.get(header) for request in proxy.requests]
     assert len(headers) >= 4 and set(headers) == {value}
 
 
-def test_changed_object_is_noticed_by_its_etag(tasks, s3, bucket):
+def test_changed_object_is_noticed_by_its_etag(one_ray, s3, bucket):
     put_tar(s3, bucket, "a.tar", ["a.JPEG"])
-    tars, _ = imagenet.list_tars(bucket, "")
+    data = imagenet.find(imagenet.source_of(bucket), "", "train.txt")
     put_tar(s3, bucket, "a.tar", ["b.JPEG"])
-    [loaded] = imagenet.load_tarfiles_from_s3(bucket, tars, SIZE, tasks)
-    with pytest.raises(imagenet.InputError, match=f"^s3://{bucket}/a.tar: has changed since") as caught:
-        imagenet.report_loading(bucket, [loaded], print)
+    loaded = imagenet.load_tarfiles_from_s3(data.source, data.tars, SIZE)
+    changed = f"^s3://{bucket}/a.tar: has changed since"
+    with pytest.raises(InputError, match=changed) as caught, ending.Stop():
+        imagenet.report_loading(data, loaded)
     assert "\n" not in str(caught.value)
 
 
-def listed(report):
-    """A Loaded of which only the report matters."""
+def report_all(reports):
+    """What is said of a load, in which only the reports of its tasks matter."""
     whole = {"key": "a.tar", "images": 3, "left_out": 0, "named": [], "rest": None}
-    return imagenet.Loaded(None, None, ray.put(whole | report), None)
+    loaded = [imagenet.Loaded(None, None, ray.put(whole | report), None) for report in reports]
+    tars = [Tar(f"{number}.tar", None, 0) for number in range(len(loaded))]
+    with results.Report().lines():
+        imagenet.report_loading(imagenet.DataSet(Bucket("b", {}), "", None, tars), loaded)
 
 
 @pytest.mark.parametrize("left_out", [0, 7])
-def test_report_counts_and_names_what_is_left_out(one_ray, left_out):
+def test_report_counts_and_names_what_is_left_out(one_ray, capsys, left_out):
     reports = [
         {"key": f"{i:02}\n.tar", "left_out": left_out, "named": ["x: cut", "y: no image"]}
         for i in range(20)
     ]
-    lines = []
-    imagenet.report_loading("b", [listed(report) for report in reports], lines.append)
+    report_all(reports)
+    lines = capsys.readouterr().out.splitlines()
     progress = [line for line in lines if line.startswith("Loading")]
     assert len(progress) == 10 and progress[-1] == "Loading: 20 of 20 tars, 60 images"
     named = [f"s3://b/{i:02} .tar: 7 left out: x: cut; y: no image" for i in range(5)]
@@ -198,10 +208,10 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(one_ray):
-    lines = []
     with contextlib.redirect_stdout(Terminal()) as terminal:
-        imagenet.report_loading("b", [listed({}) for _ in range(4)], lines.append)
-    assert lines == [] and "4/4" in terminal.getvalue() and "images=12" in terminal.getvalue()
+        report_all([{}] * 4)
+    shown = terminal.getvalue()
+    assert "tars," not in shown and "4/4" in shown and "images=12" in shown
 
 
 # ---- decoding
@@ -263,7 +273,7 @@ def test_every_format_becomes_rgb(name):
 def test_16_bit_grey_keeps_its_bright_half():
     """Clipped at 255, as Pillow's own conversion does it, every pixel but black would be white."""
     ramp = np.linspace(0, 65535, 256 * 256).reshape(256, 256).astype(np.uint16)
-    decoded = decoding.decode_image(cv2.imencode(".png", ramp)[1].tobytes(), SIZE)
+    decoded = decode_image(cv2.imencode(".png", ramp)[1].tobytes(), SIZE)
     assert np.abs(decoded - (ramp / 257)[..., None]).max() <= 1
 
 
@@ -302,7 +312,7 @@ def test_fine_stripes_do_not_alias(side, axis, kind):
     stripes.swapaxes(0, axis)[::2] = 255
     sampled = cv2.resize(stripes, tuple(SIZE), interpolation=cv2.INTER_LINEAR)
     options = {"quality": 95} if kind == "JPEG" else {}
-    decoded = decoding.decode_image(encode(Image.fromarray(stripes), kind, **options), SIZE)
+    decoded = decode_image(encode(Image.fromarray(stripes), kind, **options), SIZE)
     assert sampled.std() > 50
     assert decoded.std() < sampled.std() / 2 and abs(decoded.mean() - 127.5) < 3
 
@@ -351,10 +361,11 @@ def test_the_disk_is_not_touched(s3, bucket, tmp_path):
     files = {"png.JPEG": encode(picture(), "PNG"), "cut.JPEG": jpeg(picture())[:2000]}
     s3.put_object(Bucket=bucket, Key="b.tar", Body=make_tar(files))
 
-    tars, _ = imagenet.list_tars(bucket, "")
+    source = imagenet.source_of(bucket)
+    tars, _ = imagenet.list_tars(source, "")
 
     def load(tar):
-        images, *_ = imagenet.load_tarfile(bucket, tar, 0, SIZE, "pixels", s3_location())
+        images, *_ = imagenet.load_tarfile(source, tar, 0, SIZE, "pixels")
         return len(images)
 
     load(tars[1])  # the first time, Python caches the modules that it imports
@@ -392,7 +403,7 @@ def test_labels_are_one_dict_of_base_names():
 def test_labels_are_read_from_s3(s3, bucket):
     lines = [f"n{i // 1300:08}/n{i}.JPEG {i % 1000}" for i in range(50_000)]
     s3.put_object(Bucket=bucket, Key="train.txt", Body="\n".join(lines).encode())
-    labels = imagenet.read_labels(bucket, "train.txt", 1000)
+    labels = imagenet.read_labels(imagenet.source_of(bucket), "train.txt", 1000)
     assert labels == {f"n{i}.JPEG": i % 1000 for i in range(50_000)}
 
 
@@ -428,7 +439,7 @@ LABEL_ERRORS = {
 
 @pytest.mark.parametrize("data, line, why", LABEL_ERRORS.values(), ids=LABEL_ERRORS)
 def test_label_errors_name_the_line(data, line, why):
-    with pytest.raises(imagenet.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         imagenet.parse_labels(data, 10, "s3://b/train.txt")
     message = str(caught.value)
     assert message.startswith(f"s3://b/train.txt, line {line}: ") and why in message
@@ -437,5 +448,5 @@ def test_label_errors_name_the_line(data, line, why):
 
 @pytest.mark.parametrize("data", [b"", b"\n \r\n\n"])
 def test_label_file_without_labels(data):
-    with pytest.raises(imagenet.InputError, match="^s3://b/train.txt: holds no label"):
+    with pytest.raises(InputError, match="^s3://b/train.txt: holds no label"):
         imagenet.parse_labels(data, 10, "s3://b/train.txt")

@@ -1,19 +1,23 @@
 """Which Ray a run is on: private ones, dead ones, addresses of other kinds, and calls from Python."""
 
+import itertools
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
+
+from machinery.cluster import joining, nodes, tasks
+from machinery.errors import ClusterError
+from tests.fault_proxy import fault_proxy
+from tests.nodes import memory_monitor, use_memory_until
+from tests.support import ROOT, assert_clean, free_port, titled, train_elsewhere
 
 import psutil
 import pytest
 from ray._raylet import GcsClient
-
-import joining
-import watching
-from tests.support import ROOT, assert_clean, free_port, train_elsewhere
 
 DRIVER = [sys.executable, ROOT / "driver.py"]
 
@@ -29,23 +33,23 @@ def drive(address=None, **environment):
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "head", "a:b"])
 def test_addresses_of_other_kinds(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(joining.ClusterError) as caught:
-        joining.find_address(print)
+    with pytest.raises(ClusterError) as caught:
+        joining.find_address()
     hint = "name the cluster's own address, HOST:6379 (http:// is for `ray job submit` alone)"
     assert str(caught.value) == f"RAY_ADDRESS={address}: {hint}"
 
 
 def test_address_at_which_nothing_listens_or_no_cluster(monkeypatch):
     """Told within a minute; Ray itself tries for a quarter of an hour."""
-    assert joining.ANSWER + joining.CONNECT < 60
-    monkeypatch.setattr(joining, "ANSWER", 3)
+    assert nodes.ANSWER + nodes.CONNECT < 60
+    monkeypatch.setattr(nodes, "ANSWER", 3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         for port in (free_port(), silent.getsockname()[1]):
             monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-            with pytest.raises(joining.ClusterError) as caught:
-                joining.find_address(print)
+            with pytest.raises(ClusterError) as caught:
+                joining.find_address()
             assert str(caught.value) == (
                 f"no Ray cluster answers at RAY_ADDRESS=127.0.0.1:{port}: check it"
             )
@@ -66,15 +70,16 @@ def test_cluster_of_another_ray(one_ray):
     assert "2.9.0" in error
 
 
-def test_cluster_of_ray_start_that_is_gone(monkeypatch, tmp_path):
+def test_cluster_of_ray_start_that_is_gone(monkeypatch, tmp_path, caplog):
     """Ray keeps its address in a file; the run has a Ray of its own then."""
-    gone, said = f"127.0.0.1:{free_port()}", []
+    gone = f"127.0.0.1:{free_port()}"
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(gone)
-    assert joining.find_address(said.append) == "local"
-    assert said == [
+    with caplog.at_level("INFO", "driver"):
+        assert joining.find_address() == "local"
+    assert caplog.messages == [
         f"The Ray cluster at {gone}, which `ray start` has started here, does not answer: "
         "this run has a Ray of its own (`ray stop` forgets the other one)"
     ]
@@ -102,18 +107,18 @@ from tests import support
 driver.LAYERS, driver.NUM_CLASSES, driver.PRECISION = support.THIN, 10, "float32"
 driver.MINI_BATCH, driver.NUM_WORKERS = support.MINI_BATCH, 1
 flags = ["--s3-bucket", "photos", "--key-prefix", {tar!r}, "--iterations", "1"]
-thread = threading.Thread(target=lambda: print("status", driver.main(flags)))
+thread = threading.Thread(target=lambda: print("returned", driver.main(flags)))
 thread.start()
 thread.join()
-print("status", driver.main(flags), ray.is_initialized())
+print("returned", driver.main(flags), ray.is_initialized())
 """
 
 MEMORY_IS_SHORT = """
 import sys
-import driver, functions, imagenet
-functions.PATIENCE = imagenet.PATIENCE = 4
+import driver
+from machinery import ending
 driver.PRECISION = "float32"
-sys.exit(driver.main(["--s3-bucket", "photos", "--key-prefix", {tar!r}]))
+sys.exit(ending.status(lambda: driver.main(["--s3-bucket", "photos", "--key-prefix", {tar!r}])))
 """
 
 
@@ -127,26 +132,38 @@ def start(code, **options):
 def test_runs_side_by_side_do_not_disturb_each_other(photos, tmp_path):
     """One is a notebook's, from another folder and in a thread. Two cannot go on: Ray's memory monitor
     ends every load task of one, and the head of the other is killed; Ray says nothing of either."""
-    monitor = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
-    environment = os.environ | monitor | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+
+    def use_memory():
+        for task in titled(short.pid, f"ray::s3://photos/{TAR}"):
+            use_memory_until(lambda task=task: not task.is_running())
+
     flags, saved = ["--export-dir", tmp_path / "network", "--key-prefix", TAR], tmp_path / "saved"
-    settings = ["PAUSES=[(3, 'compute')]", f"NOTES='{tmp_path}'"]
+    dies, noticed = pauses = (3, "compute"), (19, "compute")
+    settings = [f"PAUSES={[*pauses]}", f"NOTES='{tmp_path}'"]
     for_ever = {"flags": flags, "iterations": 10**6}
-    with train_elsewhere(photos, saved, "local", *settings, **for_ever) as run:
-        with run.paused(3, "compute"):
+    with (
+        fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy,
+        train_elsewhere(photos, saved, "local", *settings, **for_ever) as run,
+    ):
+        proxy.faults["GET", TAR.rpartition("/")[2]] = itertools.repeat(use_memory)
+        environment = {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "AWS_ENDPOINT_URL": proxy.url}
+        environment = os.environ | memory_monitor() | environment
+        with run.paused(*dies):
             notebook = start(FROM_A_NOTEBOOK.format(root=str(ROOT), tar=TAR), cwd=tmp_path)
             short = start(MEMORY_IS_SHORT.format(tar=TAR), env=environment)
             [head] = [p for p in psutil.Process(run.pid).children(True) if p.name() == "gcs_server"]
             head.kill()
+            time.sleep(nodes.BETWEEN_LOOKS)
+        with run.paused(*noticed):
+            time.sleep(nodes.ANSWER)
         out, error = notebook.communicate(timeout=200)
-        assert "status 0\n" in out and "status 0 True\n" in out, out + error
+        assert "returned None\n" in out and "returned None True\n" in out, out + error
         assert len(re.findall("^Iteration 0: loss", out, re.M)) == 2
 
         out, error = short.communicate(timeout=200)
-        said = re.findall(r"^Loading: .*; memory is short: Ray has ended \d+ processes", out, re.M)
-        why = "Ray ends every process because memory is short: free memory on the nodes, or add nodes"
-        assert short.returncode == 2 and len(said) >= watching.MAX_SHORT, out + error
-        assert error.startswith("error: Loading: ") and error.endswith(f"and {why}\n")
+        why = f"this task has ended {tasks.MAX_STARTS} processes (too little memory, "
+        assert short.returncode == 2 and error.count("\n") == 1, out + error
+        assert error.startswith(f"error: s3://photos/{TAR}: {why}")
         assert_clean(out + error)
 
         assert run.wait(90) == 2, run.output()

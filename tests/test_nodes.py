@@ -8,14 +8,10 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import psutil
-import pytest
-
 import alexnet
 import functions
 from tests.fault_proxy import fault_proxy
-from tests.nodes import OWN_MOUNTS, Nodes, actor, actors
+from tests.nodes import OWN_MOUNTS, Nodes, actor, actors, memory_monitor, use_memory_until
 from tests.support import (
     THIN,
     assert_clean,
@@ -28,6 +24,9 @@ from tests.support import (
     train_elsewhere,
     wait_until,
 )
+
+import psutil
+import pytest
 
 ITERATIONS = 36
 TIMEOUT = 8  # seconds without an answer after which what hangs is replaced
@@ -76,23 +75,6 @@ def without_tensorflow(tmp_path):
     return {"env_vars": {"PYTHONPATH": str(tmp_path)}}
 
 
-def with_memory_monitor():
-    """Options of a node on which Ray ends workers if 1.5 GiB more are used than now."""
-    memory = psutil.virtual_memory()
-    threshold = (memory.total - memory.available + 1.5 * 2**30) / memory.total
-    settings = {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "100"}
-    return {"env_vars": settings}
-
-
-def use_memory_until(condition):
-    """Use more and more memory, at most 3 GiB, until a function returns true."""
-    used = []
-    while not condition():
-        assert len(used) < 24, "Ray's memory monitor did not strike"
-        used.append(np.ones(2**24))
-        time.sleep(0.3)
-
-
 @pytest.mark.timeout(700)
 def test_misfortunes_one_after_another(six_undisturbed, nodes, photos, tmp_path, without_tensorflow):
     """No worker is lost that only waits, as long as storage stands still: longer than computing may
@@ -122,7 +104,7 @@ def test_misfortunes_one_after_another(six_undisturbed, nodes, photos, tmp_path,
         left_alone = nodes.others[-1].node_id
         run.wait_for(f"node {left_alone[:8]} is left alone: workers failed there 3 times in a row")
         nodes.kill(-1)
-        so_far, monitored = run.output(), nodes.add(**with_memory_monitor())
+        so_far, monitored = run.output(), nodes.add(env_vars=memory_monitor())
         run.wait_for("is back: 6 of 6 are up", after=so_far)
         with run.paused(*killed):
             assert [len(actors(node, "Helper")) for node in nodes.others] == [1, 1, 1]
@@ -162,13 +144,13 @@ may_mount = pytest.mark.skipif(not can_mount, reason=no_mounts)
 # Says for each line of its input whether a CPU is fast in bfloat16 if /proc/cpuinfo is that line.
 ASKED = """
 import pathlib, subprocess, sys
-import functions
+from machinery.cluster import nodes
 file = pathlib.Path(sys.argv[1])
 file.touch()
 subprocess.run(["mount", "--bind", file, "/proc/cpuinfo"], check=True)
 for line in sys.stdin:
     file.write_text(line)
-    print(functions.is_fast_in_bfloat16())
+    print(nodes.is_fast_in_bfloat16())
 """
 
 

@@ -3,19 +3,23 @@
 import contextlib
 import itertools
 import os
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+
+import imagenet
+from machinery import ending, results
+from machinery.errors import InputError
+from machinery.storage import s3 as reading
+from machinery.storage.s3 import PATIENT, PIECE, S3File, Tar, data_client, read_object, s3_location
+from tests.fault_proxy import fault_proxy
+from tests.support import draw_image, jpeg, make_tar
 
 import numpy as np
 import pytest
 import ray
 from botocore.config import Config
 
-import imagenet
-from tests.fault_proxy import fault_proxy
-from tests.support import draw_image, jpeg, make_tar
-
-PIECE = imagenet.PIECE
 CONTENT = np.random.default_rng(0).bytes(2 * PIECE + 1000)  # an object of three pieces
 PIECES = 3
 
@@ -39,17 +43,21 @@ def put(s3, bucket, content=CONTENT, key="a.tar"):
     return s3.put_object(Bucket=bucket, Key=key, Body=content)["ETag"]
 
 
+def client(hasty=HASTY):
+    """A client with less patience than that of a run."""
+    return data_client(PATIENT.merge(hasty), **s3_location())
+
+
 def read_tar(bucket, etag, content=CONTENT, hasty=HASTY, key="a.tar", **storm):
     """All bytes of a tar, which were listed as `content`, read with less patience."""
-    tar, config = imagenet.Tar(key, etag, len(content)), imagenet.PATIENT.merge(hasty)
-    opened = imagenet.S3Tar(bucket, tar, imagenet.s3_location(), config, **storm)
+    opened = S3File(client(hasty), bucket, Tar(key, etag, len(content)), **storm)
     with contextlib.closing(opened) as file:
         return file.read()
 
 
 def download(bucket):
     """All bytes of an object such as a label file."""
-    return imagenet.download(bucket, "a.tar", imagenet.PATIENT.merge(HASTY))
+    return read_object(client(), bucket, "a.tar")
 
 
 def each_fault(check):
@@ -107,21 +115,21 @@ def test_list_and_labels_are_retried(proxy, s3, bucket, fault):
     put(s3, bucket, b"n1/a.JPEG 1\n" * 1_000, "train.txt")
     proxy.faults["GET", bucket] = iter([fault])  # the path of a listing ends in the bucket's name
     proxy.faults["GET", "train.txt"] = iter([fault])
-    assert imagenet.list_tars(bucket, "") == ([imagenet.Tar("a.tar", etag, 0)], 1)
-    assert imagenet.read_labels(bucket, "train.txt", 10) == {"a.JPEG": 1}
+    source = imagenet.source_of(bucket)
+    assert imagenet.list_tars(source, "") == ([Tar("a.tar", etag, 0)], 1)
+    assert imagenet.read_labels(source, "train.txt", 10) == {"a.JPEG": 1}
     gets = [(request.key, request.fault) for request in proxy.requests if request.method == "GET"]
     assert gets == [(bucket, fault), (bucket, None), ("train.txt", fault), ("train.txt", None)]
 
 
-@pytest.mark.parametrize("fault", ["503", "reset"])
-def test_the_estimate_is_made_in_any_case(proxy, s3, bucket, fault):
-    """From the size alone where the head of the tar breaks off."""
-    tars = [imagenet.Tar("a.tar", put(s3, bucket, tar(0)), len(tar(0)))]
-    proxy.faults["GET", "a.tar"] = iter([fault])
-    through_fault, undisturbed = (imagenet.estimate_images(bucket, tars) for _ in range(2))
-    by_size = len(tar(0)) // imagenet.JPEG_BYTES
-    assert undisturbed > 10 * by_size
-    assert through_fault == (by_size if fault in IN_THE_BODY else undisturbed)
+@pytest.mark.parametrize("fault, times", [("503", 1), ("reset", 1), ("reset", reading.ATTEMPTS + 1)])
+def test_the_estimate_is_made_in_any_case(proxy, s3, bucket, fault, times):
+    """From the head of the first tar, not from its size alone, though every attempt breaks off."""
+    tars = [Tar("a.tar", put(s3, bucket, tar(0)), len(tar(0)))]
+    proxy.faults["GET", "a.tar"] = iter([fault] * times)
+    source = imagenet.source_of(bucket)
+    through_fault, undisturbed = (imagenet.estimate_images(source, tars) for _ in range(2))
+    assert through_fault == undisturbed > 10 * len(tar(0)) // imagenet.JPEG_BYTES
 
 
 # ---- faults that stay
@@ -134,22 +142,21 @@ def test_unreadable_object_is_given_up(proxy, s3, bucket, content):
     def check(fault, key):
         etag = put(s3, bucket, content, key)
         proxy.faults["GET", key] = itertools.repeat(fault)
-        with pytest.raises(imagenet.InputError) as caught:
+        with pytest.raises(InputError) as caught:
             read_tar(bucket, etag, content, hasty, key, storm=0)
         line = str(caught.value)
         assert line.startswith(f"s3://{bucket}/{key}: ") and line.isprintable()
         gets = [request for request in proxy.requests if (request.method, request.key) == ("GET", key)]
         fetches = Counter(request.range for request in gets)
-        assert 2 <= max(fetches.values()) <= 2 * imagenet.ATTEMPTS
+        assert 2 <= max(fetches.values()) <= 2 * reading.ATTEMPTS
 
     each_fault(check)
 
 
 def test_a_stall_is_given_up_within_a_quarter_of_an_hour():
-    """By imagenet's own limits, of which the test above has shown that both hold."""
-    patience = imagenet.PATIENT
-    attempts = patience.retries["total_max_attempts"] * imagenet.ATTEMPTS
-    assert attempts * max(patience.connect_timeout, patience.read_timeout) <= 15 * 60
+    """By a run's own limits, of which the test above has shown that both hold."""
+    attempts = PATIENT.retries["total_max_attempts"] * reading.ATTEMPTS
+    assert attempts * max(PATIENT.connect_timeout, PATIENT.read_timeout) <= 15 * 60
 
 
 # ---- objects that change
@@ -161,30 +168,36 @@ CHANGED = "has changed since it was listed: start again with the new data"
 @pytest.mark.parametrize("content", [CONTENT, b"old"], ids=["pieces", "one piece"])
 def test_object_that_changed_after_it_was_listed(proxy, s3, bucket, content):
     old = put(s3, bucket, content)
-    assert imagenet.list_tars(bucket, "") == ([imagenet.Tar("a.tar", old, len(content))], 0)
+    assert imagenet.list_tars(imagenet.source_of(bucket), "") == ([Tar("a.tar", old, len(content))], 0)
     put(s3, bucket, content[::-1])
-    with pytest.raises(imagenet.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         read_tar(bucket, old, content)
     assert str(caught.value) == f"s3://{bucket}/a.tar: {CHANGED}"
 
 
 def test_object_that_changes_while_it_is_fetched(proxy, s3, bucket):
-    """After its first part: parts of both are never mixed."""
-    put(s3, bucket)
-    proxy.faults["GET", "a.tar"] = iter([lambda: put(s3, bucket, CONTENT[::-1])])
-    with pytest.raises(imagenet.InputError) as caught:
+    """After its first pieces: pieces of both are never mixed."""
+    content, changed = bytes((reading.AHEAD + 2) * PIECE), threading.Lock()
+
+    def change():  # no answer to one of the first requests comes before it
+        with changed:
+            put(s3, bucket, b"\1" * len(content))
+
+    put(s3, bucket, content)
+    proxy.faults["GET", "a.tar"] = itertools.repeat(change, reading.AHEAD)
+    with pytest.raises(InputError) as caught:
         download(bucket)
     assert str(caught.value) == f"s3://{bucket}/a.tar: {CHANGED}"
 
 
 def test_tar_that_changes_while_it_is_read(s3, bucket):
     """Beyond the pieces that were fetched ahead of time."""
-    size = (imagenet.AHEAD + 2) * PIECE
-    tar = imagenet.Tar("a.tar", put(s3, bucket, bytes(size)), size)
-    with contextlib.closing(imagenet.S3Tar(bucket, tar, imagenet.s3_location())) as file:
+    size = (reading.AHEAD + 2) * PIECE
+    tar = Tar("a.tar", put(s3, bucket, bytes(size)), size)
+    with contextlib.closing(imagenet.source_of(bucket).open(tar)) as file:
         assert file.read(1) == b"\0"
         put(s3, bucket, b"\1" * size)
-        with pytest.raises(imagenet.InputError) as caught:
+        with pytest.raises(InputError) as caught:
             file.read()
     assert str(caught.value) == f"s3://{bucket}/a.tar: {CHANGED}"
 
@@ -199,11 +212,12 @@ def tar(number):
     return make_tar(files | {"not an image": rng.bytes(PIECE)})
 
 
-def load(bucket, said, tasks):
+def load(bucket):
     """Load what is listed, as driver.py does; the names of all images."""
-    tars, _ = imagenet.list_tars(bucket, "")
-    loaded = imagenet.load_tarfiles_from_s3(bucket, tars, [64, 64], tasks)
-    parts = imagenet.report_loading(bucket, loaded, said.append)
+    with ending.Stop(), results.Report().lines():
+        data = imagenet.find(imagenet.source_of(bucket), "", "train.txt")
+        loaded = imagenet.load_tarfiles_from_s3(data.source, data.tars, [64, 64])
+        parts = imagenet.report_loading(data, loaded)
     return sorted(name for tar in parts for name in ray.get(tar.filenames))
 
 
@@ -215,26 +229,26 @@ def tars(one_ray, s3, bucket):
     return [f"{number}/n{number}_{i}.JPEG" for number in range(5) for i in range(3)]
 
 
-def test_a_load_through_faults_is_whole(tars, tasks, proxy, bucket):
-    said, passing = [], ["500", "503", "drop", "reset", "cut"]
+def test_a_load_through_faults_is_whole(tars, proxy, bucket, capsys):
+    passing = ["500", "503", "drop", "reset", "cut"]
     for number, fault in enumerate(passing):
         proxy.faults["GET", f"{number}.tar"] = iter([fault])
-    assert load(bucket, said, tasks) == tars
+    assert load(bucket) == tars
     faults = Counter(request.fault for request in proxy.requests if request.method == "GET")
     whole = 1 + 2 * len(passing)  # the list, and two parts each
     assert faults == Counter([*passing, *[None] * whole])
-    assert "Loading: 5 of 5 tars, 15 images" in said
+    assert "Loading: 5 of 5 tars, 15 images" in capsys.readouterr().out.splitlines()
 
 
-def test_a_load_with_an_unreadable_tar_ends_with_its_name(tars, tasks, proxy, bucket):
+def test_a_load_with_an_unreadable_tar_ends_with_its_name(tars, proxy, bucket):
     proxy.faults["GET", "3.tar"] = itertools.repeat("403")
-    with pytest.raises(imagenet.InputError) as caught:
-        load(bucket, [], tasks)
+    with pytest.raises(InputError) as caught:
+        load(bucket)
     assert str(caught.value).startswith(f"s3://{bucket}/3.tar: ") and str(caught.value).isprintable()
 
 
-def test_a_load_ends_if_a_tar_changes(tars, tasks, proxy, s3, bucket):
+def test_a_load_ends_if_a_tar_changes(tars, proxy, s3, bucket):
     proxy.faults["GET", bucket] = iter([lambda: put(s3, bucket, b"new", "3.tar")])  # once it is listed
-    with pytest.raises(imagenet.InputError) as caught:
-        load(bucket, [], tasks)
+    with pytest.raises(InputError) as caught:
+        load(bucket)
     assert str(caught.value).startswith(f"s3://{bucket}/3.tar") and " changed " in str(caught.value)

@@ -12,19 +12,19 @@ import time
 import tracemalloc
 import zipfile
 
+import functions
+import imagenet
+import stage_imagenet
+from machinery.storage import ilsvrc2012
+from machinery.storage.images import decode_image
+from tests.fault_proxy import fault_proxy
+from tests.support import ROOT, draw_image, encode, jpeg, make_tar
+
 import numpy as np
 import pytest
 import ray
 import scipy.io
 from PIL import Image
-
-import decoding
-import functions
-import ilsvrc2012
-import imagenet
-import stage_imagenet
-from tests.fault_proxy import fault_proxy
-from tests.support import ROOT, draw_image, encode, jpeg, make_tar
 
 TRAIN, VAL = "ILSVRC2012_img_train", "ILSVRC2012_img_val"
 LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}  # Caffe's
@@ -275,7 +275,7 @@ def test_a_train_tar_that_was_packed_anew_on_a_mac(s3, bucket, tars, train, caps
     assert left_out in capsys.readouterr().out
 
 
-def test_names_that_people_give_are_what_the_driver_reads(s3, bucket, tasks, folder):
+def test_names_that_people_give_are_what_the_driver_reads(s3, bucket, one_ray, folder):
     """Spaces, accents, and one name in several classes, in train and in val."""
     image = (folder / "train" / "n01440764" / "n01440764_1.JPEG").read_bytes()
     for place in ("train", "val"):
@@ -283,10 +283,11 @@ def test_names_that_people_give_are_what_the_driver_reads(s3, bucket, tasks, fol
             (folder / place / wnid / "IMG 1 (1).JPEG").write_bytes(image)
             (folder / place / wnid / f"Ze\u0301bre\u202f{number}.jpg").write_bytes(image)
     assert run(folder, f"s3://{bucket}") == 0
+    source = imagenet.source_of(bucket)
     for directory, label_file in ((TRAIN, "train.txt"), (VAL, "val.txt")):
-        table = functions.LabelTable(imagenet.read_labels(bucket, label_file, 1000))
-        listed, found = imagenet.list_tars(bucket, f"{directory}/")[0], []
-        for tar in imagenet.load_tarfiles_from_s3(bucket, listed, [8, 8], tasks):
+        table = functions.LabelTable(imagenet.read_labels(source, label_file, 1000))
+        listed, found = imagenet.list_tars(source, f"{directory}/")[0], []
+        for tar in imagenet.load_tarfiles_from_s3(source, listed, [8, 8]):
             names = ray.get(tar.filenames)
             labels, report = functions.convert(names, table)
             assert report["unlabelled"] == 0 and report["doubtful"] == []
@@ -318,18 +319,19 @@ def test_ground_truth_of_each_validation_image(tars):
     assert ilsvrc2012.ground_truth([tars]) == dict(zip(VAL_NAMES, VAL_WNIDS, strict=True))
 
 
-def test_driver_reads_what_is_put(s3, bucket, tasks, tars, train, capsys):
+def test_driver_reads_what_is_put(s3, bucket, one_ray, tars, train, capsys):
     assert run(tars, f"s3://{bucket}/a b/p") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"Now: python driver.py --s3-bucket {bucket} --key-prefix 'a b/p/'{TRAIN}/ "
         f"--label-file 'a b/p/'train.txt --val-prefix 'a b/p/'{VAL}/ --val-label-file 'a b/p/'val.txt"
     )
+    source = imagenet.source_of(bucket)
     for directory, label_file, count, images in ((TRAIN, "train.txt", 3, 12), (VAL, "val.txt", 1, 5)):
-        listed, others = imagenet.list_tars(bucket, f"a b/p/{directory}/")
+        listed, others = imagenet.list_tars(source, f"a b/p/{directory}/")
         assert len(listed) == count and others == 0
-        labels = imagenet.read_labels(bucket, f"a b/p/{label_file}", 1000)
+        labels = imagenet.read_labels(source, f"a b/p/{label_file}", 1000)
         names = []
-        for loaded in imagenet.load_tarfiles_from_s3(bucket, listed, [256, 256], tasks):
+        for loaded in imagenet.load_tarfiles_from_s3(source, listed, [256, 256]):
             report = ray.get(loaded.report)
             assert report["left_out"] == 0
             assert ray.get(loaded.images).shape == (report["images"], 256, 256, 3)
@@ -484,7 +486,7 @@ def test_resize(s3, bucket, proxy, folder, train):
         for name, data in files.items():
             with Image.open(io.BytesIO(resized[name])) as image:
                 assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (256, 256))
-            was, now = (decoding.decode_image(d, [256, 256]).astype(int) for d in (data, resized[name]))
+            was, now = (decode_image(d, [256, 256]).astype(int) for d in (data, resized[name]))
             assert np.abs(was - now).mean() < 12, "another picture"
     resized = tar_members(put[f"{TRAIN}/n01443537.tar"])
     assert resized[odd.name] == odd.read_bytes()  # the driver reports it

@@ -15,10 +15,10 @@ import termios
 import threading
 import time
 
-import pyte
-
-import results
+from machinery import results
 from tests.support import ROOT, VALIDATED, wait_until
+
+import pyte
 
 LINES = 24  # of the terminal
 
@@ -138,7 +138,8 @@ def test_a_bar_stays_below_whole_lines(one_ray, photos, tmp_path):
 
 
 TWO_THREADS = """
-import sys, threading, terminal
+import sys, threading
+from machinery.storage import terminal
 sys.setswitchinterval(1e-6)  # seconds that a thread goes on
 say = lambda line: [terminal.say(line) for _ in range(5000)]
 threads = [threading.Thread(target=say, args=[letter * 40]) for letter in "ab"]

@@ -2,19 +2,17 @@
 
 from collections import Counter, namedtuple
 
+import alexnet
+import functions
+from machinery.cluster import adding, nodes, tasks
+from machinery.cluster.helpers import Helpers
+from machinery.errors import ClusterError
+from tests.support import THIN, Given, notes, noting_worker, pool_of, two_workers, workers_of
+
 import numpy as np
 import psutil
 import pytest
 import ray
-
-import adding
-import alexnet
-import cluster
-import functions
-import joining
-import results
-import workers
-from tests.support import THIN, Given, notes, noting_worker, two_workers, workers_of
 
 NETWORK = {"layers": THIN, "num_classes": 10}
 
@@ -23,23 +21,19 @@ NETWORK = {"layers": THIN, "num_classes": 10}
 
 
 def test_precision_is_bfloat16_where_every_cpu_is_faster_in_it(one_ray):
-    fast = "bfloat16" if functions.is_fast_in_bfloat16() else "float32"
-    assert cluster.fastest_precision(1, 0) == fast
-    assert cluster.fastest_precision(1, 1) == "float32"
+    fast = "bfloat16" if nodes.is_fast_in_bfloat16() else "float32"
+    assert nodes.fastest_precision(1, 0) == fast
+    assert nodes.fastest_precision(1, 1) == "float32"
 
 
 def test_room_counts_whole_workers_a_node(one_ray):
     room = {(1, 0): 2, (2, 0): 1, (3, 0): 0, (1, 1): 2, (1, 2): 1}
-    assert {share: sum(cluster.room_for_workers(*share).values()) for share in room} == room
+    assert {share: sum(nodes.room_for_workers(*share).values()) for share in room} == room
 
 
 def test_more_workers_than_this_machine_holds(one_ray):
-    share = {"cpus": 3, "gpus": 0}
-    with pytest.raises(joining.ClusterError) as caught:
-        workers.Workers(
-            *(2, share, NETWORK, "float32", cluster.Helpers(), (100, 60), results.Report()),
-            can_grow=False,
-        )
+    with pytest.raises(ClusterError) as caught:
+        pool_of(2, cpus=3)
     assert str(caught.value) == (
         "2 workers of 3 CPUs and 0 GPUs each were asked for, the cluster has room for 0: "
         "lower NUM_WORKERS or add nodes"
@@ -51,11 +45,11 @@ def test_more_workers_than_this_machine_holds(one_ray):
 
 def test_gradients_are_added_up_by_helpers_and_here(one_ray):
     sets = [[np.full((3, 4), 2.0**-i, np.float32), np.full(5, float(i), np.float32)] for i in range(5)]
-    helpers, refs = cluster.Helpers(), [ray.put(grads) for grads in sets]
-    tree, left = helpers.add_gradients(refs, [helpers.here] * 5, print, 100)
+    helpers, refs = Helpers(functions.Helper), [ray.put(grads) for grads in sets]
+    tree, left = helpers.add_gradients(refs, [helpers.here] * 5, 100)
     assert tree == adding.tree_of(5) and list(left) == [0, 1, 2, 3, 4]
     helper = helpers.on(helpers.here)
-    added = ray.get(helper.add_gradients.remote(tree, [0, 1, 2, 3, 4], *refs))
+    added = ray.get(helper.add_gradients.remote(tree, [0, 1, 2, 3, 4], refs))
     for total, *parts in zip(added, *sets, strict=True):
         np.testing.assert_array_equal(total, sum(parts))
 
@@ -65,11 +59,11 @@ def test_gradients_are_added_up_by_helpers_and_here(one_ray):
 Call = namedtuple("Call", "remote")
 
 
-class Noted(cluster.Helpers):
+class Noted(Helpers):
     """Helpers on nodes that do not exist, so that there can be many: their calls are only noted."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(None)
         self.calls = {}  # the reference that a call returns -> node, arguments
 
     def on(self, node):
@@ -83,18 +77,18 @@ class Noted(cluster.Helpers):
         return namedtuple("NotedHelper", "fetch")(Call(note))
 
 
-@pytest.mark.parametrize(("nodes", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3), (64, 6)])
-def test_weights_are_passed_on_in_rounds(one_ray, nodes, rounds):
+@pytest.mark.parametrize(("count", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3), (64, 6)])
+def test_weights_are_passed_on_in_rounds(one_ray, count, rounds):
     """A node's copy begins when as many nodes have it as copy it."""
     helpers = Noted()
-    names = [helpers.here, *range(1, nodes)]
+    names = [helpers.here, *range(1, count)]
     there = helpers.pass_on("weights", names)
     assert list(there) == names and there[helpers.here] is None
     assert {node: helpers.calls[there[node]][0] for node in names[1:]} == {n: n for n in names[1:]}
     assert all(arguments[0] == ["weights"] for _, arguments in helpers.calls.values())
 
     def round_of(ref):
-        _, (_, *before) = helpers.calls[ref]
+        _, (_, before) = helpers.calls[ref]
         return 1 + max(map(round_of, before), default=0)
 
     sizes = Counter(map(round_of, helpers.calls))
@@ -103,12 +97,12 @@ def test_weights_are_passed_on_in_rounds(one_ray, nodes, rounds):
 
 
 def test_a_helper_on_a_node_that_is_gone_is_forgotten(one_ray):
-    helpers, gone = cluster.Helpers(), "0" * 56
-    start = helpers.on(gone).pid.remote()
+    helpers, gone = Helpers(functions.Helper), "0" * 56
+    start = helpers.on(gone).seconds_at_work.remote()
     helpers.on(helpers.here)
     with pytest.raises(ray.exceptions.ActorUnschedulableError):
         ray.get(start)
-    helpers.restart_hung()
+    helpers.restart_hung(100)
     assert helpers.nodes() == {helpers.here}
 
 
@@ -132,50 +126,37 @@ class Remembered:
 
 def test_workers_do_not_outlive_a_run(one_ray):
     """Also those that still start."""
-    actor, share = Remembered(), {"cpus": 1, "gpus": 0}
-    common = share, NETWORK, "float32", cluster.Helpers(), (100, 60), results.Report(), True
-    pool = workers.Workers(1, *common, actor=actor)
-    del pool
+    actor = Remembered()
+    with pool_of(1, can_grow=True, actor=actor):
+        pass
     [handle] = actor.handles
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(handle.place.remote(), timeout=60)
 
 
-def test_a_run_begins_with_the_workers_that_find_room(one_ray, tmp_path, capsys):
+def test_a_run_begins_with_the_workers_that_find_room(one_ray, tmp_path, caplog):
     """A cluster that grows may not get all nodes, and a node can be lost while images are loaded."""
-    common = {"cpus": 1, "gpus": 0}, NETWORK, "float32", cluster.Helpers(), (100, 15), results.Report()
-    pool = workers.Workers(3, *common, can_grow=True, actor=noting_worker(tmp_path))
-    pool.wait()
+    caplog.set_level("INFO", "driver")
+    with pool_of(3, patience=30, can_grow=True, actor=noting_worker(tmp_path)) as pool:
+        pool.wait()
     lack = "3 workers of 1 CPUs and 0 GPUs each were asked for, the cluster has room for 2"
-    assert capsys.readouterr().out.splitlines() == [
-        f"{lack}: waiting up to 15 s for more nodes",
+    assert caplog.messages == [
+        f"{lack}: waiting up to 30 s for more nodes",
         f"only 2 of 3 workers are up: the run goes on with them ({lack})",
     ]
 
 
-class Accuracies(results.Report):
-    """Keeps the accuracies."""
-
-    def __init__(self):
-        super().__init__()
-        self.accuracies = []
-
-    def accuracy(self, iteration, accuracy):
-        super().accuracy(iteration, accuracy)
-        self.accuracies.append((iteration, accuracy))
-
-
 def test_an_accuracy_comes_after_the_gradients_and_is_shared_out(one_ray, tmp_path):
-    report = Accuracies()
-    pool = two_workers(report, actor=noting_worker(tmp_path))
-    pool.update_weights(7, ray.put([np.zeros(shape) for shape in alexnet.weight_shapes(**NETWORK)]))
-    pool.print_accuracy([Given(None)] * 4, None)
-    for _ in range(2):
-        assert pool.compute_grad([Given(None), Given(None)], None, 1.0, 0) == [1.0, 1.0]
+    weights = [np.zeros(shape) for shape in alexnet.weight_shapes(**NETWORK)]
+    mean = ray.put(None)
+    with two_workers(actor=noting_worker(tmp_path)) as pool:
+        pool.update_weights(7, ray.put(weights))
+        for sample, accuracy in ([Given(None)] * 4, 0.5), ([], None):
+            computed = functions.compute_grad(pool, [Given(None)] * 2, sample, mean, 1.0, 0)
+            assert computed == ([1.0, 1.0], accuracy)
     methods = [call.method for call in notes(tmp_path) if call.method != "update_weights"]
     assert Counter(methods[:6]) == {"compute_grad": 2, "print_accuracy": 4}
     assert methods[0] == "compute_grad" and methods[6:] == ["compute_grad"] * 2
-    assert report.accuracies == [(7, 0.5)]
 
 
 # ---- two workers that are up
@@ -184,7 +165,8 @@ def test_an_accuracy_comes_after_the_gradients_and_is_shared_out(one_ray, tmp_pa
 @pytest.fixture(scope="module")
 def pool(one_ray):
     """Two workers, for all the tests below."""
-    return two_workers()
+    with two_workers() as pool:
+        yield pool
 
 
 def minibatch(rng, count=20):
@@ -192,7 +174,7 @@ def minibatch(rng, count=20):
     return functions.MiniBatch(pixels, rng.integers(0, 10, count), np.zeros((count, 3), int))
 
 
-def test_each_worker_is_a_process_beside_which_tasks_find_room(pool, tasks):
+def test_each_worker_is_a_process_beside_which_tasks_find_room(pool):
     assert pool.count == 2 and len(workers_of(psutil.Process().pid)) == 2
     # They hold both CPUs.
     labels, _ = tasks.start(functions.convert, ["t/a"], {"a": 1}, num_returns=2)
@@ -205,7 +187,8 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(pool):
     mean, network = mean.astype(np.float32), alexnet.AlexNet(**NETWORK)
     network.restore(network.initial_state("he", rng))
     pool.update_weights(1, ray.put(network.weights()))
-    losses = pool.compute_grad([Given(m) for m in minibatches], ray.put(mean), 1.0, 0)
+    given = [Given(m) for m in minibatches]
+    losses, _ = functions.compute_grad(pool, given, [], ray.put(mean), 1.0, 0)
     got, norm = pool.mean_gradients([0] * 16)
 
     whole = functions.MiniBatch(*map(np.concatenate, zip(*minibatches, strict=True)))
@@ -219,7 +202,7 @@ def test_distributed_mean_gradient_is_that_of_one_session_on_the_union(pool):
 
 def test_validation_counts_every_image_of_batches_that_are_split(pool):
     """A batch larger than one request, and smaller ones, against one session on all images."""
-    rng, sizes = np.random.default_rng(0), (2 * workers.VALIDATION_PIECE + 17, 1, 30)
+    rng, sizes = np.random.default_rng(0), (2 * functions.VALIDATION_PIECE + 17, 1, 30)
     mean, network = np.full((256, 256, 3), 120, np.float32), alexnet.AlexNet(**NETWORK)
     network.restore(network.initial_state("he", rng))
     batches, hits = [], np.zeros(2, int)
@@ -230,5 +213,6 @@ def test_validation_counts_every_image_of_batches_that_are_split(pool):
         centred = images[:, 16:240, 16:240] - mean[16:240, 16:240]
         hits += network.count_hits(centred, functions.one_hot(labels, 10))
     pool.update_weights(2, ray.put(network.weights()))
-    assert pool.validate(batches, ray.put(mean)) == pytest.approx(hits / sum(sizes), abs=1e-9)
+    shares = functions.validate(pool, batches, ray.put(mean))
+    assert shares == pytest.approx(hits / sum(sizes), abs=1e-9)
     assert 0 < hits[0] < hits[1] < sum(sizes)

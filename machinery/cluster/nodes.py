@@ -2,13 +2,13 @@
 
 import contextlib
 import logging
+import math
 import platform
 import re
 import socket
 import threading
 import time
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from machinery.errors import ClusterError
@@ -22,7 +22,6 @@ say = logging.getLogger("driver").info
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
 CONNECT = 5  # seconds in which a process on a healthy node can be connected to
 BETWEEN_LOOKS = 5  # seconds between two questions to the head, while the run waits
-ASKED = 3  # times that a node is asked before its silence is an answer
 FAILURES_IN_A_ROW = 3  # of workers on one node, before it is left alone
 RETRY_START = 2  # seconds after which a worker is started again where one failed; longer each time
 LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
@@ -115,15 +114,6 @@ def on_node(node):
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-def ask(node, function):
-    """What a short function returns on a node; None if the node does not answer, asked ASKED times."""
-    task = ray.remote(num_cpus=0, scheduling_strategy=on_node(node), **modules)(function)
-    for _ in range(ASKED):
-        with contextlib.suppress(RayError):
-            return ray.get(task.remote(), timeout=ANSWER)
-    return None
-
-
 def first_line(error):
     """The line of an error's message that says most: the last one of a traceback, else the first."""
     if isinstance(error, RayTaskError):
@@ -177,10 +167,14 @@ def fastest_precision(cpus, gpus):
     """
     if gpus:
         return "float32"
-    nodes = [node for node, number in room_for_workers(cpus, gpus).items() if number]
-    with ThreadPoolExecutor(64) as threads:
-        fast = list(threads.map(lambda node: ask(node, is_fast_in_bfloat16), nodes))
-    return "bfloat16" if any(fast) and False not in fast else "float32"  # None: the node is gone
+    there = [node for node, number in room_for_workers(cpus, gpus).items() if number]
+    task = ray.remote(num_cpus=0, **modules)(is_fast_in_bfloat16)
+    asked = [task.options(scheduling_strategy=on_node(node)).remote() for node in there]
+    fast = []
+    for ref in asked:
+        with contextlib.suppress(RayError):  # the node is gone
+            fast.append(ray.get(ref, timeout=3 * ANSWER))
+    return "bfloat16" if any(fast) and False not in fast else "float32"
 
 
 # ---- room
@@ -211,24 +205,18 @@ class Room:
     """Where on the cluster workers start: on the node with the most room, and not where they fail.
 
     A node on which workers start in vain, or crash, is tried again after a while, and is left alone
-    after FAILURES_IN_A_ROW failures.
+    after FAILURES_IN_A_ROW failures, or where memory was short.
     """
 
     def __init__(self, share, here):
         """`share` has the `cpus` and `gpus` of a worker; `here` is the id of the driver's node."""
         self._share, self._here = share, here
-        self._limits = {}  # node -> how many workers it can hold in fact
         self._failures, self._next_try = Counter(), {}  # node -> failures in a row; a moment
         self.why = ""  # why the last worker that failed has failed
 
-    def nodes(self):
-        """How many workers each node can hold: a dict of node id -> number."""
-        room = room_for_workers(**self._share)
-        return {node: min(n, self._limits.get(node, n)) for node, n in room.items()}
-
     def places(self, count, there):
         """Nodes for at most `count` more workers; `there` is a Counter of the nodes of all others."""
-        room, now, chosen = self.nodes(), time.monotonic(), []
+        room, now, chosen = room_for_workers(**self._share), time.monotonic(), []
         left = {n: room[n] - there[n] for n in room if self._next_try.get(n, 0) <= now}
         while len(chosen) < count and left:
             node = max(left, key=lambda node: (left[node], node == self._here))
@@ -238,27 +226,27 @@ class Room:
             chosen.append(node)
         return chosen
 
-    def limit(self, node, number):
-        """A node can hold only so many workers."""
-        self._limits[node] = number
-
-    def failed(self, node, why):
-        """A worker has failed on a node that goes on."""
+    def failed(self, node, why, pause=None):
+        """A worker has failed on a node that goes on, which may need a pause of so many seconds."""
         self._failures[node] += 1
-        self.why, pause = why, RETRY_START * self._failures[node]
+        self.why = why
         if self._failures[node] % FAILURES_IN_A_ROW == 0:
             pause, times = LEFT_ALONE, f"{self._failures[node]} times in a row"
             say(f"node {node[:8]} is left alone: workers failed there {times} ({why})")
-        self._next_try[node] = time.monotonic() + pause
+        self._next_try[node] = time.monotonic() + (pause or RETRY_START * self._failures[node])
 
     def worked(self, node):
         """A worker on a node has done its work."""
         self._failures.pop(node, None)
 
+    def leave(self, node):
+        """No worker can ever start on a node."""
+        self._failures[node], self._next_try[node] = FAILURES_IN_A_ROW, math.inf
+
     def given_up(self):
         """Whether workers have failed too often on every node that has room for one."""
-        nodes = [node for node, number in self.nodes().items() if number]
-        return bool(nodes) and all(self._failures[node] >= FAILURES_IN_A_ROW for node in nodes)
+        there = [node for node, number in room_for_workers(**self._share).items() if number]
+        return bool(there) and all(self._failures[node] >= FAILURES_IN_A_ROW for node in there)
 
 
 # ---- actors

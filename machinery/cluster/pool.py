@@ -23,16 +23,15 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 say = logging.getLogger("driver").info
 
 SLICES_LEFT_FREE = 2  # of the CPUs that a worker uses, for data tasks beside it
-
 CRASHES = 3  # of workers with one request, after which it is given up
 
-# What a pool is for. `count` workers with the `cpus` and `gpus` of `share` each; `network` has the
-# arguments of their AlexNet. `timeout` bounds the seconds at work of one request, `patience` those of a
-# start, and of waiting for room. `can_grow`: an autoscaler may add nodes.
+# What a pool is for: `count` workers, each with the `cpus` and `gpus` of `share`, and an AlexNet of the
+# arguments `network`. `timeout` bounds the seconds at work of one request, `patience` those of a start,
+# and of waiting for room. `can_grow`: an autoscaler may add nodes.
 Setup = namedtuple("Setup", "count share network timeout patience can_grow")
 
-# A call of a worker's method, which returns so many values. The first of its `refs`, after the weights,
-# is a helpers.Drawn: the call is sent once that is drawn.
+# A call of a worker's method, which returns so many values. It is sent once the helpers.Drawn is there.
+# `refs` are references that it takes beside those of the weights and the mini-batch.
 Request = namedtuple("Request", "method drawn refs arguments returns", defaults=([], (), 1))
 
 # The last value of a request, the worker and the node that it is from, references of the values before.
@@ -46,7 +45,7 @@ Starting = namedtuple("Starting", "number actor node deadline")
 
 
 class Running:
-    """A request, by its number, that a Member computes; references of all its values."""
+    """A request, by its number, that a Member computes, with references of all its values."""
 
     def __init__(self, request, member, refs, timeout):
         """It may be at work for `timeout` seconds. Later, its worker is asked whether it hangs."""
@@ -161,7 +160,7 @@ class Pool:
     def _take_in(self, start, place):
         if self._in_bfloat16 and not place.bfloat16:
             ray.kill(start.actor)
-            self._room.limit(start.node, 0)
+            self._room.leave(start.node)
             why = "its CPU has no instructions for bfloat16, in which this run computes"
             say(f"node {start.node[:8]} is left alone: {why}")
             return
@@ -229,18 +228,15 @@ class Pool:
         here = self.helpers.here
         return sorted(self._up.values(), key=lambda m: (m.node != here, m.node, m.number))
 
-    def _lose(self, member, why, out_of_memory=False):
+    def _lose(self, member, why, pause=None):
         """Let a worker go, or all workers of its node if that is dead: others start in their place."""
         if not lives(member.node):
             self._lose_nodes({member.node})
             return
         del self._up[member.number]
         ray.kill(member.actor)
-        if out_of_memory:
-            left = sum(other.node == member.node for other in self._up.values())
-            self._room.limit(member.node, max(1, left))
         say(f"worker {member.number} is lost ({why}): {len(self._up)} of {self.count} go on")
-        self._room.failed(member.node, why)
+        self._room.failed(member.node, why, pause)
 
     def _lose_nodes(self, dead):
         """Let all workers and helpers of dead nodes go."""
@@ -396,7 +392,8 @@ class Pool:
                 request.drawn.let_go()
             elif self._up.get(member.number) is member:
                 why = first_line(error) if ended else f"no answer in {self._setup.timeout} s"
-                self._lose(member, why, isinstance(error, OutOfMemoryError))
+                short = isinstance(error, OutOfMemoryError)
+                self._lose(member, why, nodes.LEFT_ALONE if short else None)
                 self._count_crash(run, request, crashes, error if cause else ClusterError(why))
             return None
         request.drawn.let_go()  # or a validation's images would all lie in the object store

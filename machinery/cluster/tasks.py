@@ -18,17 +18,11 @@ say = logging.getLogger("driver").info
 # An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
 # for one slice, so that data tasks always find room beside workers: to rebuild a lost block, too.
 CPU_SLICE = 0.05
-
 TASK_MEMORY = 10**9  # bytes of a data task: two batches of tars.PART.images as pixels, and Python
-
 MAX_STARTS = 5  # of a task on one node, in each of which it has ended its process
-
 LONGEST = 10**8  # seconds, three years, that the standard library can count down from
-
 PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
-
 TICK = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
-
 MOMENT = 0.001  # seconds in which answers are taken together
 
 _limits = {"seconds": math.inf, "options": {}}  # of each task, see `limit`

@@ -14,7 +14,6 @@ from machinery.storage.tf1 import tf
 say = logging.getLogger("driver").info
 
 FLAG = "--checkpoint-dir"
-
 STATE = "checkpoint"  # the file in which TensorFlow looks for the names of checkpoints
 
 
@@ -47,6 +46,12 @@ class Start:
     mean: object = None
     reached: int = 0
     trained: bool = False
+    run: dict = dataclasses.field(default_factory=dict)  # what `must_match` was told
+
+    @property
+    def iteration(self):
+        """How many steps have made the weights."""
+        return self.facts.iteration
 
     def must_match(self, run, fixed=()):
         """InputError unless the texts in `run` that are `fixed` are as saved; says what has changed."""
@@ -63,6 +68,12 @@ class Start:
             say(f"{key} is {run[key]} from here on, was {before}")
         if new := [f"{key} = {run[key]}" for key in run if was and key not in was]:
             say(f"From here on {' and '.join(new)}: the checkpoints in {self.place} do not say it")
+        self.run |= run
+
+    def go_on(self, machine, stored, **facts):
+        """The Facts of the run from here on, on a machine that is described by a dict of texts."""
+        self.must_match({"STORED": repr(stored), **machine})
+        return dataclasses.replace(self.facts, stored=stored, run=self.run, **facts)
 
     def take_state(self):
         """The network's state, which is let go here: it takes 500 MB."""
@@ -215,6 +226,7 @@ class Checkpoints:
         """Put a checkpoint that is written where it belongs, and delete older ones."""
         iteration, best = facts.iteration, facts.best
         self._folder.check_claim()
+        self._damaged.discard(iteration)
         there = [*(i for i in self._iterations() if i not in (iteration, *self._damaged)), iteration]
         kept = {*there[-self.KEPT :], *(best[:1] if best else [])}
         names = [f"ckpt-{each}" for each in there if each in kept]

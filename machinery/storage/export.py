@@ -11,11 +11,8 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel as Proto
 
 FLAG = "--export-dir"
-
 MODEL = "saved_model.pb"  # an exported network is there once this file is
-
 MARK = "exported-by-driver"  # the file that says that the rest is this program's
-
 SCRATCH = ".export-"  # how the folder's name begins in which one is written
 
 

@@ -31,12 +31,12 @@ class Folder(NamedTuple):
     def __str__(self):
         return self.path
 
-    def keys(self, prefix, most=None):
-        """All files below a prefix, by key: a list of Tar. `most` is for sources that give pages."""
+    def keys(self, prefix):
+        """All files below a prefix, by key, each as a Tar."""
         root, found = Path(self.path), []
         with _errors(self.path):
-            start = root / prefix if prefix.endswith("/") or not prefix else (root / prefix).parent
-            for place, _, names in os.walk(start, followlinks=True):
+            start = root / prefix.rpartition("/")[0].lstrip("/")
+            for place, _, names in os.walk(start, onerror=_fail, followlinks=True):
                 for path in (Path(place) / name for name in names):
                     key = path.relative_to(root).as_posix()
                     if key.startswith(prefix) and path.is_file():
@@ -79,10 +79,17 @@ def _listed(key, stat):
     return Tar(key, f"{stat.st_size}-{stat.st_mtime_ns}", stat.st_size)
 
 
+def _fail(error):
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 @contextlib.contextmanager
 def _errors(path):
     try:
         yield
     except OSError as error:
         hint = "check its name and rights, and that every node sees the folder"
-        raise InputError(f"{one_line(path)}: {error.strerror or error}; {hint}") from error
+        raise InputError(
+            f"{one_line(error.filename or path)}: {error.strerror or error}; {hint}"
+        ) from error

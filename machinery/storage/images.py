@@ -11,22 +11,17 @@ import simplejpeg
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 IMAGE_SIZE = 256  # side of an image in the object store, pixels (the write-up; paper, section 2)
-
 CROP_SIZE = 224  # side of the square crop of it that the network sees, pixels (paper, section 4.1)
 
 # Bytes of an image in each form that it can be stored in; as a JPEG, on an average of ILSVRC-2012.
 STORED_BYTES = {"pixels": IMAGE_SIZE * IMAGE_SIZE * 3, "jpeg": 24_000}
 
 MAX_PIXELS = 64 * 2**20  # larger images are taken for decompression bombs; ImageNet's largest has 24 M
-
 MAX_RATIO = 2.5  # of sides, up to which cubic interpolation to twice the size wanted hardly aliases
-
 MAX_SCANS = 100  # of a progressive JPEG, which has some 10; with more, 1 MB can take hours
-
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be, whatever its name
 
 QUALITY = 90  # of images stored as JPEGs: 23 kB each, 3.1 grey levels off (benchmarks/quality.py)
-
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; a larger one is no image
 
 # The first bytes of all that FORMATS names.

@@ -107,10 +107,8 @@ class LocalFolder:
     def check(self):
         """Make the folder, and try to write there."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=".check-") as scratch:
-            (Path(scratch) / "a").write_bytes(b"a")
-            (Path(scratch) / "a").rename(self.path / f"{Path(scratch).name}.a")
-            (self.path / f"{Path(scratch).name}.a").unlink()
+        with tempfile.TemporaryFile(dir=self.path) as file:
+            file.write(b"a")
 
     def names(self, start=""):
         """Names of the files and folders, or of those whose name starts so."""

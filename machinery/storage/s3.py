@@ -17,39 +17,33 @@ import boto3
 from boto3.exceptions import Boto3Error, S3UploadFailedError
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
 STORM = 30  # seconds for which a piece is asked for anew if every attempt breaks off
-
 PIECE = 8 * 2**20  # bytes of one request
-
 AHEAD = 4  # pieces that are fetched while one is used
-
 ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as PATIENT says
 
 # Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
 # A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
 # Checksums "when_required" save a HEAD request an object, which costs as much as decoding a photo, and
 # some S3-compatible stores refuse those that boto3 sends by itself.
-CHECKSUMS = {
-    "request_checksum_calculation": "when_required",
-    "response_checksum_validation": "when_required",
-}
 PATIENT = Config(
     connect_timeout=5,
     read_timeout=10,
     retries={"mode": "standard", "total_max_attempts": 10},
     max_pool_connections=32,
-    **CHECKSUMS,
+    request_checksum_calculation="when_required",
+    response_checksum_validation="when_required",
 )
 # The driver's own few requests fail within a minute when nothing answers.
-IMPATIENT = Config(
-    connect_timeout=5,
-    read_timeout=10,
-    retries={"mode": "standard", "total_max_attempts": 3},
-    **CHECKSUMS,
-)
+IMPATIENT = PATIENT.merge(Config(retries={"mode": "standard", "total_max_attempts": 3}))
 
 
 def s3_resource(config=None, **where):
@@ -125,26 +119,20 @@ class Bucket(NamedTuple):
     def __str__(self):
         return f"s3://{self.name}"
 
-    def keys(self, prefix, most=math.inf):
-        """All that lies below a prefix, by key: a list of Tar; no more pages than `most` need."""
-        found = []
+    def keys(self, prefix):
+        """Yield all that lies below a prefix, by key, each as a Tar."""
         with s3_errors(self.name):
             pages = data_client(**self.where).get_paginator("list_objects").paginate
             for page in pages(Bucket=self.name, Prefix=prefix):
-                found += [Tar(o["Key"], o["ETag"], o["Size"]) for o in page.get("Contents", [])]
-                if len(found) >= most:
-                    break
-        return found
+                yield from (Tar(o["Key"], o["ETag"], o["Size"]) for o in page.get("Contents", []))
 
     def open(self, tar):
-        """A Tar as a file."""
+        """A Tar as a file to read forwards."""
         return S3File(_client(PATIENT, **self.where), self.name, tar)
 
     def start_of(self, tar, size):
         """The first bytes of a Tar, so many or fewer."""
-        options = {"piece": size, "ahead": 0, "storm": 0}
-        with contextlib.closing(S3File(data_client(**self.where), self.name, tar, **options)) as file:
-            return file.read(size)
+        return S3File(data_client(**self.where), self.name, tar, piece=size, ahead=0).read(size)
 
     def read(self, key):
         """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
@@ -232,29 +220,34 @@ class BrokenOff(Exception):  # noqa: N818, it says what has happened
     """Every attempt to read something broke off; the last one by the error that is given."""
 
 
+_ACCESS = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_CHANGED = "has changed since it was listed: start again with the new data"
+_MISSING = "there is no such key; check the flag that names it"
+_DENIED = "access denied; check the credentials and the bucket's policy"
+_HINTS = {
+    "PreconditionFailed": _CHANGED,
+    "412": _CHANGED,
+    "404": _MISSING,
+    "NoSuchKey": _MISSING,
+    "403": _DENIED,
+    "AccessDenied": _DENIED,
+    "NoSuchBucket": "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
+    "InvalidObjectState": "lies in an archive storage class; restore it first",
+}
+
+
 def explain(error):
     """One line for an error of S3: what S3 or the network said, and what to do about it."""
     if isinstance(error, BrokenOff):
         return f"every attempt to read it broke off ({explain(error.args[0])}): start again"
-    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
-    if code in ("PreconditionFailed", "412"):
-        return "has changed since it was listed: start again with the new data"
     if isinstance(error, S3UploadFailedError) and error.__context__:
         return explain(error.__context__)
-    if code == "NoSuchBucket":
-        return "no such bucket; check its name, AWS_ENDPOINT_URL and the region"
-    if code in ("404", "NoSuchKey"):
-        return "there is no such key; check the flag that names it"
-    if code in ("403", "AccessDenied"):
-        return "access denied; check the credentials and the bucket's policy"
-    if code == "InvalidObjectState":
-        return "lies in an archive storage class; restore it first"
-    if type(error).__name__ == "ParamValidationError" and "Invalid bucket name" in str(error):
+    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+    if "Invalid bucket name" in str(error):
         return "no bucket can have this name"
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        hint = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return f"{one_line(error)}; {hint}"
-    return one_line(error)
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return f"{one_line(error)}; {_ACCESS}"
+    return _HINTS.get(code) or one_line(error)
 
 
 @contextlib.contextmanager

@@ -9,12 +9,9 @@ from machinery.storage.images import MAX_BYTES, Jpegs, decode_image, kind_of, sm
 
 import numpy as np
 
-MAX_HEADER = 2**20  # bytes of a header about the next member; it would be read whole
-
+MAX_HEADER = 2**14  # bytes of a header about the next member; tarfile may take their square of time
 MAX_HEADERS = 8  # of such headers about one member; hostile ones would lead deep down
-
 ITSELF = "the tar itself"  # the name under which damage to a tar is left out
-
 A_TAR = "a tar, no image"  # why a tar within a tar is left out
 
 # How much of a tar is one batch, at most. A tar of ImageNet, of up to 1,300 images, is one part.
@@ -64,7 +61,7 @@ def _in_form(images, names, size):
 
 def _content(tar, place, member, end):
     """The bytes of a member that `walk` has found at a place of a tar."""
-    if not member or member.size < 0:
+    if not member:
         raise ImageError(f"damaged at byte {place}")
     if not member.isreg() or member.issparse():
         raise ImageError("no regular file")
@@ -82,7 +79,7 @@ def _content(tar, place, member, end):
 def walk(file, start, end):
     """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage.
 
-    `tarfile` skips what is no header. Where it gives up, it begins anew one block behind. The walk can
+    `tarfile` skips what is no header. Where it gives up, it begins anew behind. The walk can
     begin at any place that it has given, and goes forwards only.
     """
     place, archive, header = start, None, _header_class(file)
@@ -93,8 +90,10 @@ def walk(file, start, end):
                 options = {"encoding": "utf-8", "errors": "replace", "ignore_zeros": True}
                 archive = tarfile.TarFile(fileobj=file, tarinfo=header, **options)
             member = archive.next()
-        except (tarfile.TarError, OverflowError, ValueError):
-            archive, place = None, max(place, header.last) + tarfile.BLOCKSIZE
+        except (tarfile.TarError, ArithmeticError, LookupError, ValueError):
+            header.damaged = place if header.damaged is None else header.damaged
+            # What is wrong can be said before the last header, which is read again without that.
+            archive, place = None, max(place + tarfile.BLOCKSIZE, header.last)
             continue
         if header.damaged is not None:
             yield header.damaged, None
@@ -102,11 +101,12 @@ def walk(file, start, end):
         if member is None:
             return
         place = archive.offset  # before the caller reads
-        yield member.offset, member
+        yield member.offset, None if member.size < 0 else member
         archive.members.clear()  # or a million of them would take 2 GB
         archive.pax_headers.clear()  # a global header names nothing
-        if place < member.offset_data:  # of a negative size
-            archive, place = None, member.offset_data
+        if member.size < 0:  # says a header about it: it is read without that
+            place = max(member.offset, member.offset_data - 2 * tarfile.BLOCKSIZE) + tarfile.BLOCKSIZE
+            archive = None
     if header.damaged is not None:
         yield header.damaged, None
 
