@@ -9,7 +9,13 @@ import threading
 from machinery.cluster.nodes import first_line
 from machinery.errors import ClusterError, InputError, NotSaved
 
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
 
 
 class Stop:
@@ -78,6 +84,9 @@ def _explain(error):
     if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
         hint = "free the disk that Ray spills to, add nodes, or train on fewer tars (--key-prefix)"
         return ClusterError(f"a node's object store and disk are full: {hint}")
+    if isinstance(cause, OutOfMemoryError):
+        hint = "free memory on the nodes, or add nodes"
+        return ClusterError(f"Ray ends every task because memory is short: {hint}")
     if isinstance(error, RayTaskError) and isinstance(cause, InputError | ClusterError):
         return cause
     if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):

@@ -134,17 +134,17 @@ def actor(node, kind):
     return wait_until(lambda: actors(node, kind))[0]
 
 
-def memory_monitor():
-    """The environment of a node on which Ray ends processes if 1.5 GiB more are used than now."""
+def memory_monitor(spare=1.5):
+    """The environment of a node on which Ray ends processes if so many GiB more are used than now."""
     memory = psutil.virtual_memory()
-    threshold = (memory.total - memory.available + 1.5 * 2**30) / memory.total
+    threshold = (memory.total - memory.available + spare * 2**30) / memory.total
     return {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "100"}
 
 
-def use_memory_until(condition):
-    """Use more and more memory, at most 3 GiB, until a function returns true."""
+def use_memory_until(condition, most=3):
+    """Use more and more memory, at most so many GiB, until a function returns true."""
     used = []
     while not condition():
-        assert len(used) < 24, "Ray's memory monitor did not strike"
+        assert len(used) < 8 * most, "Ray's memory monitor did not strike"
         used.append(np.ones(2**24))
         time.sleep(0.3)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs by its p
 import driver
 import functions
 from machinery import ending, results
+from machinery.cluster import tasks
 from machinery.storage import terminal
 from tests import support
 
@@ -69,7 +70,7 @@ class Report(results.Report):
         self.now = iteration + 1
         if iteration % 20 == 0:
             found = [identify.remote(batch.images, batch.labels) for batch in self.batches]
-            terminal.say(support.fingerprint(ray.get(found)))
+            terminal.say(support.fingerprint(ray.get(tasks.wait_for(found, "Fingerprint"))))
         if self.missing and iteration >= PATIENT_FROM:
             time.sleep(3)
 

@@ -79,8 +79,8 @@ def _content(tar, place, member, end):
 def walk(file, start, end):
     """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage.
 
-    `tarfile` skips what is no header. Where it gives up, it begins anew behind. The walk can
-    begin at any place that it has given, and goes forwards only.
+    `tarfile` skips what is no header. Where it gives up, it begins anew behind. The walk can begin
+    at any place that it has given, and goes forwards only.
     """
     place, archive, header = start, None, _header_class(file)
     while place < end:
@@ -88,6 +88,7 @@ def walk(file, start, end):
             if archive is None:
                 file.seek(place)
                 options = {"encoding": "utf-8", "errors": "replace", "ignore_zeros": True}
+                options["pax_headers"] = _Nothing()
                 archive = tarfile.TarFile(fileobj=file, tarinfo=header, **options)
             member = archive.next()
         except (tarfile.TarError, ArithmeticError, LookupError, ValueError):
@@ -103,12 +104,18 @@ def walk(file, start, end):
         place = archive.offset  # before the caller reads
         yield member.offset, None if member.size < 0 else member
         archive.members.clear()  # or a million of them would take 2 GB
-        archive.pax_headers.clear()  # a global header names nothing
         if member.size < 0:  # says a header about it: it is read without that
             place = max(member.offset, member.offset_data - 2 * tarfile.BLOCKSIZE) + tarfile.BLOCKSIZE
             archive = None
     if header.damaged is not None:
         yield header.damaged, None
+
+
+class _Nothing(dict):
+    """What a global header says, which names no member: nothing of it is kept."""
+
+    def __setitem__(self, key, value):
+        pass
 
 
 def _header_class(file):
