@@ -1,24 +1,26 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+MADE := .venv/made
 
 .PHONY: demo test soak lint
 
 # Train on a small data set that it draws itself, served by an S3 server of its own.
-demo: .venv
+demo: $(MADE)
 	$(BIN)/python demo.py
 
-test: .venv lint
+test: $(MADE) lint
 	$(BIN)/python -m pytest
 
 # Five minutes of misfortunes, in an order that a seed decides.
-soak: .venv
+soak: $(MADE)
 	$(BIN)/python benchmarks/soak.py --minutes 5 --seed 0
 
-lint: .venv
+lint: $(MADE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv: requirements.txt requirements-dev.txt
+# The file is there once all is installed: what was interrupted is made anew.
+$(MADE): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch .venv
+	touch $(MADE)

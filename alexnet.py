@@ -47,11 +47,11 @@ def are_layers(value):
     try:
         flags = {flag for kind, *row in value if kind == "conv" for flag in row[3:]}
         sizes = [size for shape in weight_shapes(value, 1) for size in shape]
+        kinds = [kind for kind, *_ in value]
+        known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"}
+        dense_last = kinds[-1:] == ["dense"] and kinds == sorted(kinds)
     except Exception:  # a table can be wrong in any way
         return False
-    kinds = [kind for kind, *_ in value]
-    known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"}
-    dense_last = kinds[-1:] == ["dense"] and kinds == sorted(kinds)
     return known and dense_last and all(type(size) is int and size >= 1 for size in sizes)
 
 
@@ -84,8 +84,8 @@ def as_bits(arrays):
 def forward(images, parameters, layers, dropout=lambda x, layer: x):
     """The logits float32 [n, classes] of images float32 [n, 224, 224, 3], pixels minus their mean.
 
-    All is computed in the type of the parameters, but the logits in float32. `dropout` is called with
-    what a dense layer gives, and the layer's number.
+    All else is computed in the type of the parameters. `dropout` is called with what a dense layer
+    gives, and the layer's number.
     """
     precision, weights = parameters[0].dtype, iter(parameters)
     x = tf.cast(images / PIXEL_STD, precision)
@@ -159,18 +159,14 @@ class Momentum:
         return [self.weight_decay if len(shape) > 1 else 0 for shape in shapes]
 
     def clipped(self, rate, norm):
-        """The rate at which a gradient of this norm makes the step of the shortened one.
-
-        A step of SGD is linear in the gradient. A rule that is not must shorten the gradient itself.
-        """
+        """The rate at which a gradient of this norm makes the step of the shortened one (SGD's)."""
         return rate * self.clip_norm / norm if norm > self.clip_norm else rate
 
     def build(self, parameters, gradients, rate):
         """The operation that applies gradients to parameters, and the variables that it keeps."""
         zeros, kept, steps = tf.zeros_initializer(), [], []
         for v, g in zip(parameters, gradients, strict=True):
-            name = f"{v.op.name}/Momentum"
-            kept.append(tf.get_variable(name, v.shape, v.dtype, zeros, use_resource=True))
+            kept.append(tf.get_variable(f"{v.op.name}/Momentum", v.shape, v.dtype, zeros))
             step = {"var": v.handle, "accum": kept[-1].handle, "lr": rate, "grad": g}
             steps.append(tf.raw_ops.ResourceApplyKerasMomentum(**step, momentum=self.momentum))
         return tf.group(*steps), kept
@@ -197,20 +193,16 @@ class AlexNet:
         graph = tf.Graph()
         with graph.as_default():
             self._build(precision)
-        config = tf.ConfigProto(
-            device_count={"GPU": gpus},
-            intra_op_parallelism_threads=threads,
-            inter_op_parallelism_threads=1,
-            gpu_options=tf.GPUOptions(allow_growth=True),
-        )
+        config = tf.ConfigProto(device_count={"GPU": gpus}, inter_op_parallelism_threads=1)
+        config.intra_op_parallelism_threads = threads
+        config.gpu_options.allow_growth = True
         with silent_stderr():
             if not gpus:  # or TensorFlow's eager part, which shows weights and saves, takes them all
                 tf.config.set_visible_devices([], "GPU")
             seen = len(tf.config.list_physical_devices("GPU")) if gpus else 0
             if seen < gpus:
-                raise RuntimeError(
-                    f"TensorFlow sees {seen} of {gpus} GPUs: it needs pip install tensorflow[and-cuda]"
-                )
+                hint = "it needs pip install tensorflow[and-cuda]"
+                raise RuntimeError(f"TensorFlow sees {seen} of {gpus} GPUs: {hint}")
             self.sess = tf.Session(graph=graph, config=config)
         graph.finalize()
 
@@ -228,10 +220,7 @@ class AlexNet:
         return as_bits(shown)
 
     def update_weights(self, weights):
-        """Take new weights of this network's precision, bfloat16 as its bits.
-
-        TensorFlow computes on aligned arrays where they lie, on read-only ones too.
-        """
+        """Take new weights of this network's precision, bfloat16 as its bits: aligned ones uncopied."""
         pairs = list(zip(self.placeholders, weights, strict=True))
         self.sess.run(self.assignment, {p: w.view(p.dtype.as_numpy_dtype) for p, w in pairs})
 
@@ -278,14 +267,10 @@ class AlexNet:
         """
         margins = [(side - CROP_SIZE) // 2 for side in mean.shape[:2]]
         top, left = (slice(margin, margin + CROP_SIZE) for margin in margins)
-        with (
-            tf.Graph().as_default(),
-            tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as sess,
-        ):
+        config = tf.ConfigProto(device_count={"GPU": 0})
+        with tf.Graph().as_default(), tf.Session(config=config) as sess:
             images = tf.placeholder(tf.uint8, [None, *mean.shape], "images")
-            parameters = [
-                tf.get_variable(v.op.name, v.shape, use_resource=True) for v in self.parameters
-            ]
+            parameters = [tf.get_variable(v.op.name, v.shape) for v in self.parameters]
             centred = tf.cast(images[:, top, left], tf.float32) - mean[top, left]
             probabilities = tf.nn.softmax(forward(centred, parameters, self.layers))
             for variable, weight in zip(parameters, self.weights(), strict=True):
@@ -294,8 +279,7 @@ class AlexNet:
             tf.saved_model.simple_save(sess, folder, {"images": images}, outputs)
 
     def restore(self, state, iteration=0):
-        """Go on from a dict of name -> float32 array, `initial_state` or a checkpoint's, which so many
-        steps have made."""
+        """Go on from `initial_state`, or a checkpoint's, which so many steps have made."""
         with self.sess.graph.as_default():
             for name, variable in self._state.items():
                 variable.load(state[name], self.sess)
@@ -320,10 +304,13 @@ class AlexNet:
         kinds = [*(kind for kind, *_ in layers), "dense"]
         names = [f"{kind}{i}/{part}" for i, kind in enumerate(kinds, 1) for part in ("kernel", "bias")]
         self.parameters = [
-            tf.get_variable(name, shape, precision, tf.zeros_initializer(), use_resource=True)
+            tf.get_variable(name, shape, precision, tf.zeros_initializer())
             for name, shape in zip(names, shapes, strict=True)
         ]
-        self._show = {kind: self._view_in(kind) for kind in ("float32", "bfloat16")}
+        self._show = {}  # the operations that leave the weights in `_shown`, by precision
+        for kind in ("float32", "bfloat16"):
+            seen = [tf.cast(v, kind) for v in self.parameters]  # a function sees variables, not copies
+            self._show[kind] = tf.numpy_function(lambda *a: setattr(self, "_shown", a), seen, [])
         pairs = zip(self.placeholders, self.parameters, strict=True)
         self.assignment = tf.group(*(v.assign(p, read_value=False) for p, v in pairs))
 
@@ -338,28 +325,13 @@ class AlexNet:
 
         gradients = tf.gradients(self.loss, self.parameters)
         self.compgrads = list(zip(gradients, self.parameters, strict=True))
-        kept = []
+        self._state = {v.op.name: v for v in self.parameters}
         if self.rule:
             step = self.parameters, self.placeholders, self.learning_rate
             self.application, kept = self.rule.build(*step)
-        self._state = {v.op.name: v for v in [*self.parameters, *kept]}
-        if self.rule:
-            self._build_save()
-
-    def _build_save(self):
-        self._prefix, self._facts = tf.placeholder(tf.string, []), tf.placeholder(tf.string, [])
-        self._mean = tf.placeholder(tf.float32)
-        self._saved = tf.raw_ops.SaveV2(
-            prefix=self._prefix,
-            tensor_names=[*self._state, "facts", "mean"],
-            shape_and_slices=[""] * (len(self._state) + 2),
-            tensors=[*self._state.values(), self._facts, self._mean],
-        )
-
-    def _view_in(self, precision):
-        """The operation that leaves the weights in `_shown`: a function sees variables, not copies."""
-
-        def see(*arrays):
-            self._shown = arrays
-
-        return tf.numpy_function(see, [tf.cast(v, precision) for v in self.parameters], [])
+            self._state |= {v.op.name: v for v in kept}
+            self._prefix, self._facts = tf.placeholder(tf.string, []), tf.placeholder(tf.string, [])
+            self._mean = tf.placeholder(tf.float32)
+            saved = self._state | {"facts": self._facts, "mean": self._mean}
+            options = {"shape_and_slices": [""] * len(saved), "tensors": [*saved.values()]}
+            self._saved = tf.raw_ops.SaveV2(prefix=self._prefix, tensor_names=[*saved], **options)

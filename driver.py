@@ -27,9 +27,6 @@ import imagenet
 from machinery import constants, ending, results
 from machinery.cluster import joining, nodes, tasks
 from machinery.cluster.pool import Pool, Setup
-from machinery.results import is_due
-from machinery.storage.images import IMAGE_SIZE, STORED_BYTES
-from machinery.storage.tars import PART
 
 import ray
 
@@ -131,7 +128,7 @@ def train(args, start, report, outcome, stop, cluster):
         report.resume()
 
         # A gradient from each random mini-batch, and now and then an accuracy on a random batch.
-        sample = draw_sample(iteration) if is_due(iteration, ACCURACY_EVERY) else []
+        sample = draw_sample(iteration) if results.is_due(iteration, ACCURACY_EVERY) else []
         losses, top1 = functions.compute_grad(pool, minibatches, sample, mean, KEEP_PROBABILITY, SEED)
         if sample:
             report.accuracy(iteration, top1)
@@ -186,12 +183,8 @@ def plan_of(facts, source, tars):
     mini_batches = facts.mini_batches or how_many_workers()
     precision = PRECISION or facts.precision or nodes.fastest_precision(**share())
     one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
-    images = imagenet.estimate_images(source, tars)
-    in_batch = min(images / len(tars), PART.images)
-    batches = {form: in_batch * size for form, size in STORED_BYTES.items()}
-    room = {form: nodes.room_for_images(mini_batches, one_set, batches[form]) for form in batches}
-    stored = STORED or facts.stored or imagenet.form_that_fits(images, room["pixels"])
-    say(imagenet.memory_needed(images, stored, room[stored]))
+    room = partial(nodes.room_for_images, mini_batches, one_set)
+    stored = imagenet.form_of_images(source, tars, STORED or facts.stored, room)
     return Plan(mini_batches, precision, stored)
 
 
@@ -200,8 +193,7 @@ def load(listed, stored):
     if not listed.tars:
         return functions.Loading(listed, [], None, None)
     # One remote task a tar downloads and decodes it into the object store, a large tar in parts.
-    size = [IMAGE_SIZE, IMAGE_SIZE]
-    loaded = imagenet.load_tarfiles_from_s3(listed.source, listed.tars, size, stored)
+    loaded = imagenet.load_tarfiles_from_s3(listed.source, listed.tars, stored=stored)
     # The label file's table goes into the object store once, for every `convert`.
     labels = imagenet.read_labels(listed.source, listed.label_file, NUM_CLASSES)
     imagepairs = ray.put(functions.LabelTable(labels))

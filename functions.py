@@ -6,19 +6,18 @@ object, makes the same object.
 
 import hashlib
 import logging
-import math
+import operator
 import zlib
 from collections import namedtuple
 
 import imagenet
-from imagenet import SEVERAL
 from machinery.cluster import tasks
 from machinery.cluster.adding import aligned_empty, sum_of_sets
 from machinery.cluster.helpers import Drawn
 from machinery.cluster.nodes import ACTOR, Actor, place
 from machinery.cluster.pool import Request
 from machinery.errors import InputError, one_line
-from machinery.storage.images import CROP_SIZE, gathered
+from machinery.storage.images import CROP_SIZE, IMAGE_SIZE, gathered
 
 import cv2
 import numpy as np
@@ -26,10 +25,10 @@ import ray
 
 say = logging.getLogger("driver").info
 
+MARGIN = IMAGE_SIZE - CROP_SIZE  # pixels that a crop leaves out of an image, in each direction
 VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
 VALIDATION_STEP = 50  # images of a validation request that go through the network at once
 NO_LABEL = -1
-
 
 # References to `count` images, uint8 [n, 256, 256, 3] or images.Jpegs of them, and to their labels
 # int32 [n].
@@ -60,7 +59,7 @@ class LabelTable:
     """
 
     def __init__(self, labels):
-        """Take the dict of an imagenet.read_labels."""
+        """Take the dict of `imagenet.read_labels`."""
         hashes, values = np.array([_hashed(name) for name in labels]), np.array([*labels.values()])
         order = np.argsort(hashes)
         self._hashes, self._labels = hashes[order], values[order]
@@ -86,14 +85,14 @@ def convert(filenames, imagepairs):
     """
     names = [filename.partition("/")[2] for filename in filenames]
     labels = np.array([imagepairs.get(name, NO_LABEL) for name in names], np.int32)
-    for number in np.flatnonzero(labels == SEVERAL):
-        labels[number] = imagepairs.get(filenames[number], SEVERAL)
+    for number in np.flatnonzero(labels == imagenet.SEVERAL):
+        labels[number] = imagepairs.get(filenames[number], imagenet.SEVERAL)
     missing = [name for name, label in zip(names, labels, strict=True) if label == NO_LABEL]
     report = {
         "images": len(filenames) - len(missing),
         "unlabelled": len(missing),
         "named": [ascii(name[:100]) for name in missing[:5]],
-        "doubtful": [filenames[number] for number in np.flatnonzero(labels == SEVERAL)[:5]],
+        "doubtful": [filenames[number] for number in np.flatnonzero(labels == imagenet.SEVERAL)[:5]],
     }
     return labels, report
 
@@ -104,13 +103,12 @@ def match(loading):
     Images without a label are dropped, and batches without an image. InputError if nothing is left of
     tars. What is loaded is forgotten here, or its references would keep every batch twice.
     """
-    data, table = loading.data, loading.imagepairs
+    data, table, batches = loading.data, loading.imagepairs, []
     if not data.tars:
-        return []
+        return batches
     loaded = imagenet.report_loading(data, loading.loaded)
     loading.loaded.clear()
     converted = [tasks.start(convert, part.filenames, table, num_returns=2) for part in loaded]
-    batches = []
     reports = ray.get(tasks.wait_for([report for _, report in converted], "Labels"))
     if doubtful := [name for report in reports for name in report["doubtful"]]:
         why = f"has no line for {one_line(doubtful[0])}, and several labels for that name elsewhere"
@@ -121,8 +119,7 @@ def match(loading):
             images, labels = tasks.start(drop_unlabelled, images, labels, num_returns=2)
         if report["images"]:
             batches.append(Batch(images, labels, report["images"]))
-    missing = sum(report["unlabelled"] for report in reports)
-    if missing:
+    if missing := sum(report["unlabelled"] for report in reports):
         named = [name for report in reports for name in report["named"]][:5]
         say(f"{missing} images have no label and are left out: {', '.join(named)}")
     if not batches:
@@ -149,12 +146,9 @@ def one_hot(labels, num_classes):
 
 
 def shuffle(batches, rounds, seed):
-    """Mix a list of batches in so many rounds, waiting for each.
-
-    This replaces what the list holds: another reference to the batches would keep each of them twice.
-    """
-    if 2**rounds < len(batches):
-        enough = math.ceil(math.log2(len(batches)))
+    """Mix a list of batches in place: another reference to them would keep each of them twice."""
+    enough = (len(batches) - 1).bit_length()  # from here on, 2^rounds are all of them
+    if rounds < enough:
         hint = f"SHUFFLE_ROUNDS = {enough} would mix all {len(batches)}"
         say(f"{rounds} shuffle rounds mix the images of {2**rounds} tars: {hint}")
     for number in range(rounds):
@@ -164,13 +158,12 @@ def shuffle(batches, rounds, seed):
 
 
 def shuffle_round(batches, seed, number):
-    """Permute the batches and mix them two by two, disjointly; an odd one out waits for the next round.
+    """The batches, permuted and mixed two by two; an odd one out waits for the next round.
 
     Round 0 permutes at random. A later one deals the list into two, so that two batches that were just
     mixed with each other meet new ones, and after r rounds a batch has images of 2^r. The write-up
     permutes at random each time, where partners meet again, and pairs the permuted list with the
-    original one, where a batch stands in two pairs: images are lost and doubled. Returns the new list,
-    as long as before.
+    original one, where a batch stands in two pairs: images are lost and doubled.
     """
     if number == 0:
         permuted = [batches[i] for i in generator(seed, "permute").permutation(len(batches))]
@@ -197,8 +190,7 @@ def mean_image(batches):
     """The mean of all images, float32 [256, 256, 3] (paper, section 2)."""
     sums = [tasks.start(sum_images, batch.images) for batch in batches]
     while len(sums) > 1:  # integers: any order of additions gives the same sum
-        pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
-        sums = [tasks.start(add, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
+        sums = [*sums[2:], tasks.start(operator.add, *sums[:2])]
     [total] = ray.get(tasks.wait_for(sums, "Mean image"))
     return (total / sum(batch.count for batch in batches)).astype(np.float32)
 
@@ -211,12 +203,7 @@ def sum_images(images):
     return total
 
 
-def add(a, b):
-    """The sum of two arrays."""
-    return a + b
-
-
-# ---- mini-batches
+# ---- mini-batches, and what the driver asks workers for
 
 
 def random_batches(batches, keys):
@@ -224,12 +211,6 @@ def random_batches(batches, keys):
     sizes = np.array([batch.count for batch in batches])
     shares = sizes / sizes.sum()
     return [batches[generator(*key).choice(len(batches), p=shares)] for key in keys]
-
-
-def centre_minibatch(images, labels, chosen):
-    """A MiniBatch of the centre crops of chosen images [n] of a batch, for an accuracy."""
-    top, left = (np.array(images.shape[1:3]) - CROP_SIZE) // 2
-    return crop_images(images, labels, chosen, np.tile([top, left, 0], (len(chosen), 1)))
 
 
 def crop_images(images, labels, chosen, crops):
@@ -252,44 +233,48 @@ def subtract_mean(minibatch, mean):
     return centred
 
 
-# ---- what the driver asks workers and helpers for
-
-
 def draw_minibatches(helpers, batches, count, seed, size, iteration):
-    """An iteration's `count` Drawn mini-batches, each `size` images of a random batch."""
+    """An iteration's `count` Drawn mini-batches: `size` random images of a random batch, each cropped
+    and mirrored at random (paper, section 4.1)."""
     chosen = random_batches(batches, [(seed, "batch", iteration, i) for i in range(count)])
-    drawn = [
-        Drawn(helpers, "draw_minibatch", batch, size, (seed, "crop", iteration, index))
-        for index, batch in enumerate(chosen)
-    ]
-    for minibatch, helper in zip(drawn, helpers.holding(chosen), strict=True):
-        minibatch.ref(helper)  # now, ahead of time
+    drawn = []
+    for index, (batch, helper) in enumerate(zip(chosen, helpers.holding(chosen), strict=True)):
+        rng = generator(seed, "crop", iteration, index)
+        images = rng.integers(0, batch.count, size)
+        crops = rng.integers(0, [MARGIN + 1, MARGIN + 1, 2], (size, 3))
+        drawn.append(Drawn(helpers, "draw", batch, images, crops))
+        drawn[-1].ref(helper)  # now, ahead of time
     return drawn
 
 
+def draw_centres(helpers, batch, chosen):
+    """A Drawn mini-batch of the centre crops of chosen images [n] of a batch, for an accuracy."""
+    crops = np.tile([MARGIN // 2, MARGIN // 2, 0], (len(chosen), 1))
+    return Drawn(helpers, "draw", batch, chosen, crops)
+
+
 def draw_sample(helpers, batches, parts, seed, size, iteration):
-    """At most `size` images of a random batch, for an accuracy: in `parts` Drawn mini-batches."""
+    """Up to `size` images, spread evenly over a random batch, in up to `parts` Drawn mini-batches."""
     [batch] = random_batches(batches, [(seed, "accuracy", iteration)])
-    parts = min(parts, size, batch.count)
-    return [Drawn(helpers, "draw_sample", batch, size, part, parts) for part in range(parts)]
+    chosen = np.linspace(0, batch.count - 1, min(size, batch.count)).round().astype(int)
+    parts = min(parts, len(chosen))
+    return [draw_centres(helpers, batch, chosen[part::parts]) for part in range(parts)]
 
 
 def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
-    """The losses of all mini-batches, all finite, and the top-1 accuracy on a sample, None without one.
+    """The finite losses of Drawn mini-batches, and the top-1 accuracy on a sample, None without one.
 
-    Gradients stay where they were computed, see `Pool.mean_gradients`. `minibatches` and `sample` are
-    Drawn. The accuracy comes after the gradients and is shared out among all workers: so it costs their
-    forward passes and no more.
+    Gradients stay where they were computed, see `Pool.mean_gradients`. The sample, also Drawn, comes
+    after them and is shared out among all workers: so it costs their forward passes and no more.
     """
-    gradients = [
-        Request("compute_grad", minibatch, [mean], (keep_probability, masks), returns=2)
-        for index, minibatch in enumerate(minibatches)
-        for masks in [dropout_seed(seed, pool.iteration, index)]
-    ]
+    gradients = []
+    for index, minibatch in enumerate(minibatches):
+        arguments = keep_probability, dropout_seed(seed, pool.iteration, index)
+        gradients.append(Request("compute_grad", minibatch, [mean], arguments, returns=2))
     accuracies = [Request("print_accuracy", part, [mean]) for part in sample]
     computed, hits = pool.compute_grad(gradients, accuracies)
-    right, of = sum(result.value for result in hits) if hits else (None, None)
-    return [result.value for result in computed], right / of if hits else None
+    top1 = np.divide(*sum(result.value for result in hits)) if hits else None
+    return [result.value for result in computed], top1
 
 
 def dropout_seed(seed, iteration, index):
@@ -298,17 +283,14 @@ def dropout_seed(seed, iteration, index):
 
 
 def validate(pool, batches, mean):
-    """Top-1 and top-5 accuracy on all images of some batches, with the weights that workers have.
-
-    The hits are counted, so that the result is exact, however the images are split.
-    """
+    """Top-1 and top-5 accuracy on all images of some batches, with the weights that workers have."""
     requests = []
     for batch in batches:
         for start in range(0, batch.count, VALIDATION_PIECE):
-            stop = min(start + VALIDATION_PIECE, batch.count)
-            drawn = Drawn(pool.helpers, "draw_piece", batch, start, stop)
+            chosen = np.arange(start, min(start + VALIDATION_PIECE, batch.count))
+            drawn = draw_centres(pool.helpers, batch, chosen)
             requests.append(Request("count_hits", drawn, [mean]))
-    hits = sum(result.value for result in pool.run(requests))
+    hits = sum(result.value for result in pool.run(requests))  # exact, however images are split
     return hits / sum(batch.count for batch in batches)
 
 
@@ -320,38 +302,18 @@ def validate(pool, batches, mean):
 class Helper(Actor):
     """Does a node's small jobs of every iteration in one warm process; Ray ends idle tasks' processes.
 
-    It keeps nothing between calls, so that Ray may restart it and repeat any call. Where a method takes
-    `refs`, these are references to the images and the labels of a batch.
+    It keeps nothing between calls, so that Ray may restart it and repeat any call.
     """
 
-    def draw_minibatch(self, refs, count, key):
-        """A MiniBatch of `count` random images of a batch, cropped and mirrored at random."""
+    def draw(self, refs, chosen, crops):
+        """The MiniBatch that `crop_images` makes of a batch, whose images and labels are `refs`."""
         images, labels = ray.get(refs)
         with self.at_work():
-            rng, margins = generator(*key), np.array(images.shape[1:3]) - CROP_SIZE
-            chosen = rng.integers(0, len(labels), count)
-            crops = rng.integers(0, [*(margins + 1), 2], (count, 3))
             return crop_images(images, labels, chosen, crops)
-
-    def draw_sample(self, refs, count, part, parts):
-        """A part of at most `count` images that are spread evenly over a batch: a MiniBatch.
-
-        `part` is its number, from 0 on, among so many `parts`.
-        """
-        images, labels = ray.get(refs)
-        with self.at_work():
-            chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).round().astype(int)
-            return centre_minibatch(images, labels, chosen[part::parts])
-
-    def draw_piece(self, refs, start, stop):
-        """A MiniBatch of the images `start` to `stop` of a batch."""
-        images, labels = ray.get(refs)
-        with self.at_work():
-            return centre_minibatch(images, labels, np.arange(start, stop))
 
     def fetch(self, refs, before):
         """Copy objects to this node, once calls elsewhere, whose results are `before`, have done so."""
-        ray.wait(before, num_returns=len(before)) if before else None
+        ray.wait(before, num_returns=len(before))  # Ray does not wait for none
         ray.get(refs)
 
     def add_gradients(self, tree, indexes, refs):
@@ -365,9 +327,8 @@ class Helper(Actor):
 class Worker(Actor):
     """An actor: one network in its own session, in its own process, for as long as the run lasts.
 
-    Every request has references of all that it is about: the weights, a MiniBatch, the mean image. A
-    worker that was restarted has missed `update_weights`, and loads the weights first: it never
-    computes on other weights.
+    `refs` of a request are those of all that it is about: the weights, a MiniBatch, the mean image. A
+    restarted worker, which has missed `update_weights`, loads them first: it never computes on others.
     """
 
     def __init__(self, network):
@@ -381,13 +342,13 @@ class Worker(Actor):
         return place()
 
     def update_weights(self, iteration, weightrefs, passed_on=()):
-        """Load an iteration's weights, unless they are loaded already.
+        """Load an iteration's weights, whose reference is in a list, unless they are loaded already.
 
-        `weightrefs` is a list with their reference. `passed_on` has one, or none, that resolves once
-        they are on this node. TensorFlow reads them in the object store, without a copy.
+        `passed_on` has a reference, or none, that resolves once they are on this node. TensorFlow reads
+        them in the object store, without a copy.
         """
         if self.iteration != iteration:
-            ray.wait(passed_on) if passed_on else None
+            ray.wait(list(passed_on))
             [weights] = ray.get(weightrefs)
             with self.at_work():
                 self.network.update_weights(weights)
@@ -401,10 +362,7 @@ class Worker(Actor):
             return self.network.compute_grad(images, y_true, keep_probability, dropout_seed)
 
     def print_accuracy(self, iteration, refs):
-        """How many images of a MiniBatch are right, top-1, and how many there are: int [2].
-
-        The driver prints the share of all workers' images.
-        """
+        """How many of a MiniBatch's images are right, top-1, and how many there are: int [2]."""
         minibatch, mean = self._get(iteration, refs)
         with self.at_work():
             right, _ = self.network.count_hits(*self._inputs(minibatch, mean))

@@ -14,8 +14,8 @@ from functools import partial
 from machinery.cluster import tasks
 from machinery.errors import MAX_NAMED, InputError, one_line
 from machinery.storage import folder, s3, terminal
-from machinery.storage.images import STORED_BYTES
-from machinery.storage.tars import A_TAR, decode_part, walk
+from machinery.storage.images import IMAGE_SIZE, STORED_BYTES
+from machinery.storage.tars import A_TAR, PART, decode_part, walk
 
 import cv2
 import ray
@@ -25,15 +25,15 @@ say = logging.getLogger("driver").info
 SEVERAL = -2  # the label of a name that has several, in several directories
 JPEG_BYTES = 110_000  # of an average ILSVRC-2012 photo
 HEAD = 2**20  # bytes of a tar by which the number of images in all tars is estimated
-
+SECOND_LABEL = re.compile(r"\.\w{3,4}[ \t]+\d+$")  # a number behind .JPEG; names may hold blanks
 
 # The tars below a prefix of a source, and the key of their label file; no tars if there is no prefix.
 DataSet = namedtuple("DataSet", "source prefix label_file tars")
 
 # References to what a load task makes of one part of a tar: n images uint8 [n, height, width, 3] RGB,
 # or Jpegs; n names as `in_directory` has them; a dict of `key`, `images` (n), `left_out` (a count),
-# `named` (the first few of those) and `rest` (where the next part begins, or None). `more(rest)` starts
-# to load that part.
+# `named` (the first few of those) and `rest` (where the next part begins, or None). `more(rest)` loads
+# that part.
 Loaded = namedtuple("Loaded", "images filenames report more")
 
 
@@ -57,10 +57,7 @@ def find(source, prefix, label_file):
 
 
 def list_tars(source, prefix):
-    """The tars below a prefix in the order of their keys, and how many other keys there are.
-
-    Raises InputError where the source cannot be listed or holds no tar below the prefix.
-    """
+    """The tars below a prefix, sorted by key, and the number of other keys; InputError if no tar."""
     listed = list(source.keys(prefix))
     tars = [tar for tar in listed if tar.key.endswith(".tar")]
     if not tars:
@@ -81,21 +78,26 @@ def estimate_images(source, tars):
     return round(total * len(whole) / whole[-1]) if whole else total // JPEG_BYTES
 
 
-def form_that_fits(images, room):
-    """The form to store so many images in, if there is room for so many bytes: pixels if they fit."""
-    return "pixels" if images * STORED_BYTES["pixels"] <= room else "jpeg"
+def form_of_images(source, tars, stored, room):
+    """The form to store images of some tars in: `stored`, or pixels if they fit, where that is None.
+
+    `room` tells for how many bytes of images the object stores have room, beside batches of so many
+    bytes each. Says what the images take of memory, and of disk if there is too little room.
+    """
+    images = estimate_images(source, tars)
+    in_batch = min(images / len(tars), PART.images)
+    rooms = {form: room(in_batch * size) for form, size in STORED_BYTES.items()}
+    if not stored:
+        stored = "pixels" if images * STORED_BYTES["pixels"] <= rooms["pixels"] else "jpeg"
+    size, held = images * STORED_BYTES[stored], {"pixels": "decoded", "jpeg": "as JPEGs"}[stored]
+    there = f"the object stores have room for {max(0, rooms[stored]) / 1e9:.1f} GB"
+    if size > rooms[stored]:
+        there += f": {(size - rooms[stored]) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
+    say(f"About {images} images: {size / 1e9:.1f} GB {held}, {there}")
+    return stored
 
 
-def memory_needed(images, stored, room):
-    """A line that says what images take of memory, and of disk if there is room for fewer bytes."""
-    size, form = images * STORED_BYTES[stored], {"pixels": "decoded", "jpeg": "as JPEGs"}[stored]
-    held = f"{size / 1e9:.1f} GB {form}, the object stores have room for {max(0, room) / 1e9:.1f} GB"
-    if size > room:
-        held += f": {(size - room) / 1e9:.1f} GB goes to disk (Ray spills it), and is slower"
-    return f"About {images} images: {held}"
-
-
-def load_tarfiles_from_s3(source, tars, size, stored="pixels"):
+def load_tarfiles_from_s3(source, tars, size=(IMAGE_SIZE, IMAGE_SIZE), stored="pixels"):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
     A large tar takes one task after the other: these Loaded are its first parts. `size` is [height,
@@ -120,7 +122,7 @@ def report_loading(data, loaded):
     Returns all parts of all tars, in order. Shows how far it is, by a progress bar on a terminal and by
     lines elsewhere, and then says what was left out and why.
     """
-    parts, reports, ended = [[part] for part in loaded], [], 0
+    parts, reports, count, ended = [[part] for part in loaded], [], len(loaded), 0
     numbers = {part.report: number for number, part in enumerate(loaded)}
     left = set(numbers)
 
@@ -133,7 +135,7 @@ def report_loading(data, loaded):
         for ref in tasks.wait(left, what):
             reports.append(ray.get(ref))
             number, rest = numbers[ref], reports[-1]["rest"]
-            images, count = sum(report["images"] for report in reports), len(loaded)
+            images = sum(report["images"] for report in reports)
             bar.set_postfix(images=images, refresh=False)
             if rest is not None:
                 parts[number].append(part := parts[number][-1].more(rest))
@@ -154,13 +156,12 @@ def say_left_out(source, reports):
     for report in reports:
         counts[report["key"]] += report["left_out"]
         named[report["key"]] += report["named"]
-    spoilt = sorted(key for key in counts if counts[key])
+    spoilt = sorted(+counts)  # those with a count above 0
     for key in spoilt[:MAX_NAMED]:
         names = "; ".join(named[key][:MAX_NAMED])
         say(f"{source}/{one_line(key)}: {counts[key]} left out: {names}")
-    if len(spoilt) > MAX_NAMED:
-        rest = sum(counts[key] for key in spoilt[MAX_NAMED:])
-        say(f"{rest} left out of {len(spoilt) - MAX_NAMED} more tars")
+    if more := spoilt[MAX_NAMED:]:
+        say(f"{sum(counts[key] for key in more)} left out of {len(more)} more tars")
 
 
 def load_tarfile(source, tar, start, size, stored):
@@ -181,8 +182,8 @@ def load_tarfile(source, tar, start, size, stored):
 def in_directory(path, outside=""):
     """A path's `directory/name`, by which an image and its label find each other.
 
-    `outside` is the directory of a path that has none. Slashes of both kinds separate. Unicode is
-    normalised (NFC), since file names from a Mac have accents as letters of their own.
+    `outside` is the directory of a path that has none. Unicode is normalised (NFC), since file names
+    from a Mac have accents as letters of their own.
     """
     *directories, name = re.split(r"[/\\]", unicodedata.normalize("NFC", path))
     return f"{([outside] + [d for d in directories if d not in ('', '.')])[-1]}/{name}"
@@ -192,9 +193,8 @@ def read_labels(source, key, num_classes):
     """The label file, lines of `directory/name.JPEG label`, as a dict name.JPEG -> int.
 
     If a name has different labels in several directories, the dict has SEVERAL for the name, and the
-    label for each `directory/name.JPEG`.
-    Raises InputError with the line number for a line that is malformed, a label that is no integer
-    or outside 0..num_classes-1, and a name that has two labels in one directory.
+    label for each `directory/name.JPEG`. InputError with the line number for a malformed line, a label
+    that is no integer in 0..num_classes-1, and a name that has two labels in one directory.
     """
     return parse_labels(source.read(key), num_classes, f"{source}/{one_line(key)}")
 
@@ -212,7 +212,7 @@ def parse_labels(data, num_classes, place):
             continue
         path, label = _fields(line)
         name, here = in_directory(path).partition("/")[2], f"{place}, line {number}"
-        if not name or not label or _SECOND_LABEL.search(path):
+        if not name or SECOND_LABEL.search(path):
             raise InputError(f"{here}: not `directory/name.JPEG label`: {shorten(line)}")
         if not (re.fullmatch("[0-9]{1,9}", label) and int(label) < num_classes):
             raise InputError(f"{here}: label {shorten(label)} is no integer in 0..{num_classes - 1}")
@@ -220,30 +220,21 @@ def parse_labels(data, num_classes, place):
             several.add(name)
     if not labels:
         raise InputError(f"{place}: holds no label; is it a label file?")
-    return labels | dict.fromkeys(several, SEVERAL) | _by_directory(lines, several, place)
-
-
-# A name may hold blanks, but a number after .JPEG is a second label.
-_SECOND_LABEL = re.compile(r"\.\w{3,4}[ \t]+\d+$")
-
-
-def _fields(line):
-    """What a line of the label file has before its last field, and that field."""
-    line = line.strip(" \t")
-    end = max(line.rfind(" "), line.rfind("\t"))
-    return (line[:end].rstrip(" \t"), line[end + 1 :]) if end > 0 else (line, "")
-
-
-def _by_directory(lines, names, place):
-    """The labels of some names by their directories, from the lines of a label file."""
-    labels = {}
-    for number, line in enumerate(lines if names else [], 1):
+    labels |= dict.fromkeys(several, SEVERAL)
+    for number, line in enumerate(lines if several else [], 1):
         path, label = _fields(line)
         key = in_directory(path)
-        if key.partition("/")[2] in names and labels.setdefault(key, int(label)) != int(label):
+        if key.partition("/")[2] in several and labels.setdefault(key, int(label)) != int(label):
             why = f"{shorten(key.strip('/'))} already has label {labels[key]}"
             raise InputError(f"{place}, line {number}: {why}")
     return labels
+
+
+def _fields(line):
+    """What a line of the label file has before its last field, "" if that is all, and that field."""
+    line = line.strip(" \t")
+    label = line.replace("\t", " ").rpartition(" ")[2]
+    return line.removesuffix(label).rstrip(" \t"), label
 
 
 def shorten(text):

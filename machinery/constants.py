@@ -1,16 +1,12 @@
 """What the constants at the top of driver.py may be; a constant that is new there needs a rule here."""
 
 import math
-from typing import NamedTuple
+from collections import namedtuple
 
 from machinery.errors import InputError, one_line
 
-
-class Rule(NamedTuple):
-    """What a constant must be: a function that tells whether a value is so, and words for it."""
-
-    holds: object
-    words: str
+# What a constant must be: a function that tells whether a value is so, and words for it.
+Rule = namedtuple("Rule", "holds words")
 
 
 def whole(least):

@@ -9,13 +9,7 @@ import threading
 from machinery.cluster.nodes import first_line
 from machinery.errors import ClusterError, InputError, NotSaved
 
-from ray.exceptions import (
-    ObjectStoreFullError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-)
+from ray import exceptions
 
 
 class Stop:
@@ -26,7 +20,6 @@ class Stop:
     """
 
     def __init__(self):
-        """No signal has come yet."""
         self._signum, self._held, self._before = 0, False, {}
 
     def __enter__(self):
@@ -76,20 +69,17 @@ class Stop:
 
 
 def _explain(error):
-    """An error of one line that says what an error of Ray means, or the cause of a task's error.
-
-    None for all others, errors of the program too.
-    """
+    """An error of one line: what an error of Ray means, or the cause of a task's; None for others."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
+    if isinstance(cause, exceptions.OutOfDiskError | exceptions.ObjectStoreFullError):
         hint = "free the disk that Ray spills to, add nodes, or train on fewer tars (--key-prefix)"
         return ClusterError(f"a node's object store and disk are full: {hint}")
-    if isinstance(cause, OutOfMemoryError):
+    if isinstance(cause, exceptions.OutOfMemoryError):
         hint = "free memory on the nodes, or add nodes"
         return ClusterError(f"Ray ends every task because memory is short: {hint}")
-    if isinstance(error, RayTaskError) and isinstance(cause, InputError | ClusterError):
+    if isinstance(error, exceptions.RayTaskError) and isinstance(cause, InputError | ClusterError):
         return cause
-    if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
+    if isinstance(cause, exceptions.RayError) and not isinstance(cause, exceptions.RayTaskError):
         return ClusterError(f"Ray cannot go on: {first_line(cause)}")
     return None
 

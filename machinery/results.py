@@ -1,5 +1,4 @@
-"""What a run shows and leaves behind: its lines, its learning curves, and a last line that says what is
-saved."""
+"""What a run shows and leaves behind: its lines, learning curves, and what is saved of it."""
 
 import contextlib
 import dataclasses
@@ -8,7 +7,6 @@ import math
 import time
 from collections import deque
 from datetime import timedelta
-from pathlib import Path
 
 from machinery.errors import InputError, NotSaved
 from machinery.storage import terminal
@@ -38,8 +36,8 @@ class Report:
 
     def __init__(self):
         """Say all on standard output; `draw` adds learning curves."""
-        self.curves, self._curves, self._seconds, self._since = None, None, {}, 0
-        self.lost_curves, self._lost_lines = False, 0
+        self.curves, self.lost_curves, self._lost_lines = None, False, 0
+        self._seconds, self._since = {}, 0
         self._last, self._epoch, self._bar = math.inf, None, None
         self._recent = deque(maxlen=RECENT)  # (seconds, loss) of iterations
 
@@ -58,14 +56,14 @@ class Report:
             logger.setLevel(level)
 
     def say(self, line):
-        """Print a line; one that standard output does not take is lost, and the run goes on.
+        """Print a line; one that standard output does not take is lost, and a later line says so.
 
-        Once there is room, a line says how many are lost. BrokenPipeError if nobody reads any more.
+        BrokenPipeError if nobody reads any more.
         """
         try:
-            if self._lost_lines:
-                lost = f"{self._lost_lines} lines are lost: standard output could not be written"
-                terminal.say(f"\n{lost}")  # below half a line, maybe
+            if self._lost_lines:  # below half a line, maybe
+                lost = f"\n{self._lost_lines} lines are lost: standard output could not be written"
+                terminal.say(lost)
                 self._lost_lines = 0
             terminal.say(line)
         except BrokenPipeError:
@@ -81,19 +79,18 @@ class Report:
                 self._open_curves()
 
     def plan(self, last, epoch):
-        """The run is to end at iteration `last`, which can be inf; an epoch has `epoch` iterations.
-
-        `epoch` may be None: then no line names one.
-        """
+        """The run is to end at iteration `last`, or inf; an epoch has `epoch` iterations, or None."""
         self._last, self._epoch = last, epoch
 
     def start(self, iteration, batches, mean):
         """Training begins: with an iteration, all shuffled batches, a reference to the mean image."""
         # At this mark, TensorBoard drops points of later iterations, of a run that was cut off.
         self._write(iteration, session_log=tf.SessionLog(status=tf.SessionLog.START))
-        total = None if self._last == math.inf else self._last
-        form = {"total": total, "initial": iteration, "bar_format": self._bar_format("")}
-        self._bar = terminal.bar(**form, leave=False)
+        total, self._form = self._last, "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
+        if total == math.inf:
+            total, self._form = None, "{n_fmt} iterations"
+        options = {"total": total, "initial": iteration, "bar_format": self._form}
+        self._bar = terminal.bar(**options, leave=False)
         self.resume()
 
     def close(self):
@@ -129,48 +126,31 @@ class Report:
         seconds, loss = sum(phases.values()), np.mean(losses)
         speed = images / seconds
         self._recent.append((seconds, loss))
-        self._advance(iteration + 1, images)
+        recent, recent_losses = zip(*self._recent, strict=True)
+        left = self._time_left(iteration + 1) or "{elapsed} elapsed"
+        said = f"{left}, {images / np.median(recent):.1f} images/s, loss {np.mean(recent_losses):.3f}"
+        self._bar.n, self._bar.bar_format = iteration + 1, f"{self._form} [{said}]"
         self.say(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
         scalars = {"loss": loss, "gradient norm": norm, "learning rate": rate}
-        if self._epoch:
-            scalars["epoch"] = iteration / self._epoch
-        self._add(iteration, scalars | {"images a second": speed} | phases)
+        scalars |= {"epoch": iteration / self._epoch, "images a second": speed}
+        self._add(iteration, scalars | phases)
         self.resume()
 
     def _time_left(self, iteration):
-        """The time that the iterations from one on will take, in words; "" if that is not known.
-
-        It is told by the median, which a lost worker does not move. Validations are not in it.
-        """
+        """The time left in words, "" if not known; a lost worker does not move the median."""
         if self._last == math.inf or not self._recent:
             return ""
         seconds = (self._last - iteration) * np.median([seconds for seconds, _ in self._recent])
         return f"{timedelta(seconds=round(seconds))} left" if seconds < FOR_EVER else ""
 
-    def _advance(self, iteration, images):
-        """Have the bar say that an iteration is next; it is drawn below the next line."""
-        if self._bar is not None:
-            seconds, losses = zip(*self._recent, strict=True)
-            speed = f"{images / np.median(seconds):.1f} images/s"
-            said = self._time_left(iteration) or "{elapsed} elapsed"
-            self._bar.n = iteration
-            self._bar.bar_format = self._bar_format(f" [{said}, {speed}, loss {np.mean(losses):.3f}]")
-
-    def _bar_format(self, said):
-        """The form of the bar, in tqdm's terms, with what else is said."""
-        if self._last == math.inf:
-            return "{n_fmt} iterations" + said
-        return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" + said
-
     def _add(self, iteration, scalars):
-        """Write a dict of tag -> number."""
         values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(iteration, summary=tf.Summary(value=values))
 
     def _write(self, iteration, **content):
         """Write an event, to disk at once: a driver that is killed loses none.
 
-        TensorFlow's own writer ends its thread, with a traceback, at the first error of the disk. Here
+        After an error of the disk, at which TensorFlow's own writer ends its thread with a traceback,
         the next event opens another file, and TensorBoard reads both.
         """
         if not self.curves:
@@ -189,9 +169,9 @@ class Report:
             self.lost_curves = True
 
     def _open_curves(self):
-        self._curves, folder = None, Path(self.curves)
-        LocalFolder(self.curves).check()
-        self._file = folder / f"events.out.tfevents.{time.time_ns()}"
+        self._curves, folder = None, LocalFolder(self.curves)
+        folder.check()
+        self._file = folder.path / f"events.out.tfevents.{time.time_ns()}"
         self._curves = tf.python_io.TFRecordWriter(str(self._file))
         version = tf.Event(wall_time=time.time(), file_version="brain.Event:2")
         self._curves.write(version.SerializeToString())
@@ -205,10 +185,8 @@ class Outcome:
 
     def __init__(self, args, report, stop):
         """Open all places of the command line; InputError if one cannot be written."""
-        self._report, self._stop = report, stop
+        self._args, self._report, self._stop = args, report, stop
         self._checkpoints, self._model = Checkpoints(args.checkpoint_dir), SavedModel(args.export_dir)
-        self._iterations = args.iterations
-        self._wanted = args.val_prefix is not None or args.export_dir is not None
         self._network, self._facts, self._mean, self._saved = None, None, None, time.monotonic()
         report.draw(args.log_dir)
         if not args.checkpoint_dir and not args.export_dir:
@@ -217,7 +195,8 @@ class Outcome:
 
     def start(self):
         """The Start of the run."""
-        return self._checkpoints.start(self._iterations, self._wanted)
+        wanted = self._args.val_prefix is not None or self._args.export_dir is not None
+        return self._checkpoints.start(self._args.iterations, wanted)
 
     def begin(self, network, mean, facts=None):
         """There are weights from here on: of an AlexNet whose images are centred by a mean image.
@@ -226,7 +205,7 @@ class Outcome:
         """
         self._network, self._mean, self._facts = network, mean, facts
         if facts:
-            self._report.plan(self._iterations, facts.epoch)
+            self._report.plan(self._args.iterations, facts.epoch)
             self._checkpoints.claim(facts)
 
     def save_if_due(self, iteration, every, minutes):
@@ -252,7 +231,7 @@ class Outcome:
 
     def needs_validation(self, iteration, every):
         """Whether it is time for a validation, which has not been before the run was resumed."""
-        due = iteration >= self._iterations or is_due(iteration, every)
+        due = iteration >= self._args.iterations or is_due(iteration, every)
         return due and self._facts.validated != iteration
 
     def __enter__(self):
@@ -280,31 +259,26 @@ class Outcome:
             checkpoints.wait()
         iteration, kept, missing = self._network.iteration, [], []
         if place := checkpoints.place:
-            saved, best = checkpoints.saved, checkpoints.best
-            if saved:
+            if checkpoints.saved:
+                best = checkpoints.best
                 at = f" (best: top-1 {best[1]:.1%} at iteration {best[0]})" if best else ""
                 kept.append(f"checkpoints in {place}{at}")
-            if saved != iteration:
-                missing.append(f"the iterations after {saved}")
+            if checkpoints.saved != iteration:
+                missing.append(f"the iterations after {checkpoints.saved}")
             if lost := checkpoints.lost_best:
                 missing.append(f"the best: top-1 {lost[1]:.1%} at iteration {lost[0]}")
         if self._model.place and iteration:
-            exported = self._export(failed)
-            (kept if exported else missing).append(f"network in {self._model.place}")
+            try:
+                if failed and self._model.exists():
+                    raise InputError(f"{self._model.place} keeps that of an earlier run")
+                self._model.write(self._network, self._mean)
+                kept.append(f"network in {self._model.place}")
+            except InputError as error:
+                say(f"The network is not exported: {error}")
+                missing.append(f"network in {self._model.place}")
         if curves := self._report.curves:
             (missing if self._report.lost_curves else kept).append(f"curves in {curves}")
         lost = f"; not saved: {', '.join(missing)}" if missing else ""
         where = "in the middle of a step" if iteration is None else f"at iteration {iteration}"
         say(f"Stopped {where}: {', '.join(kept) or 'nothing is saved'}{lost}")
         return missing
-
-    def _export(self, failed):
-        """Whether the network is exported now."""
-        try:
-            if failed and self._model.exists():
-                raise InputError(f"{self._model.place} keeps that of an earlier run")
-            self._model.write(self._network, self._mean)
-        except InputError as error:
-            say(f"The network is not exported: {error}")
-            return False
-        return True

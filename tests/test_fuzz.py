@@ -31,6 +31,8 @@ MENDED = {
     "cut header of a sparse file": IMAGE + fuzz.header(b"x", 0, b"S", **SPARSE),
     "long name of a damaged member": fuzz.member(b"x", b"long", b"L") + b"x" * 512 + IMAGE,
     "20,000 headers of one member": fuzz.header(b"x", 0, b"L") * 20_000 + IMAGE,
+    "map that is no number": fuzz.member(b"x", fuzz.record(b"GNU.sparse.map", b"1e9"), b"x") + IMAGE,
+    "size of all members": fuzz.member(b"x", fuzz.record(b"size", b"7"), b"g") + IMAGE,
     "a million digits": fuzz.member(b"x", b"1" * 10**6, b"x") + IMAGE,
 }
 

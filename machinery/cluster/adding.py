@@ -87,13 +87,7 @@ def all_finite(arrays):
 def sum_of_sets(tree, sets):
     """The sum of sets, a dict of index -> set, added in the order of a tree: float32 arrays."""
     sums = [np.empty(array.shape, np.float32) for array in sets[leaves(tree)[0]]]
-    flat = {i: [array.reshape(-1) for array in arrays] for i, arrays in sets.items()}
-
-    def one_block(variable, start):
-        out = sums[variable].reshape(-1)[start : start + BLOCK]
-        _add_up(tree, {i: arrays[variable][start : start + BLOCK] for i, arrays in flat.items()}, out)
-
-    list(_in_threads(one_block, sums))  # an error in a thread comes out here
+    _by_block(tree, sets, sums, lambda *_: None)
     return sums
 
 
@@ -106,45 +100,43 @@ def mean_of(tree, sets, count, weights, decays, means):
     saves 10 ms of an iteration of 585 (bfloat16, `benchmarks/step.py` with NumPy instead), and its
     arithmetic decides the bits of every run.
     """
-    flat = {i: [array.reshape(-1) for array in arrays] for i, arrays in sets.items()}
-    rows = [array.reshape(-1) for array in weights]
 
-    def one_block(variable, start):
-        block = slice(start, start + BLOCK)
-        mean = means[variable].reshape(-1)[block]
-        total = _add_up(tree, {i: arrays[variable][block] for i, arrays in flat.items()}, mean)
+    def finish(variable, block, total, mean):
         total, mean = total.reshape(1, -1), mean.reshape(1, -1)  # OpenCV takes a [4] for a colour
-        weight = as_float32(rows[variable][block]).reshape(1, -1)
+        weight = as_float32(weights[variable].reshape(-1)[block]).reshape(1, -1)
         cv2.addWeighted(total, 1 / count, weight, decays[variable], 0, dst=mean)
         return cv2.norm(mean, cv2.NORM_L2SQR)
 
-    return math.sqrt(sum(_in_threads(one_block, means)))  # in the order of the blocks
+    return math.sqrt(sum(_by_block(tree, sets, means, finish)))  # in the order of the blocks
 
 
-def _in_threads(one_block, arrays):
-    """What a function of a variable's number and a block's start returns, in the blocks' order."""
-    places = [(i, start) for i, array in enumerate(arrays) for start in range(0, array.size, BLOCK)]
+def _by_block(tree, sets, outs, finish):
+    """Add up sets block by block, in threads; returns what `finish` makes of each, in their order.
+
+    `finish` takes a variable's number, a block as a slice, its sum, and that part of `outs`.
+    """
+    flat = {i: [array.reshape(-1) for array in arrays] for i, arrays in sets.items()}
+
+    def one_block(variable, start):
+        block = slice(start, start + BLOCK)
+        out = outs[variable].reshape(-1)[block]
+        total = _add_up(tree, {i: arrays[variable][block] for i, arrays in flat.items()}, [out])
+        return finish(variable, block, total, out)
+
+    places = [(i, start) for i, out in enumerate(outs) for start in range(0, out.size, BLOCK)]
     cpus = os.cpu_count()
     shares = [places[len(places) * i // cpus : len(places) * (i + 1) // cpus] for i in range(cpus)]
     with ThreadPoolExecutor(cpus) as threads:
         done = threads.map(lambda share: [one_block(*place) for place in share], shares)
-        return itertools.chain(*done)
+        return itertools.chain(*done)  # an error in a thread comes out here
 
 
-def _add_up(tree, sets, out):
-    """The sum of some sets' blocks in the order of a tree: in `out`, or a set itself if it is all."""
-    rows = [out, *np.empty((_depth(tree), out.size), np.float32)]
-    return _sum_of_tree(tree, sets, rows)
-
-
-def _sum_of_tree(tree, sets, rows):
-    """The same, in the first of `rows`; each level of the tree has a row."""
+def _add_up(tree, sets, rows, level=0):
+    """The sum of blocks in the order of a tree: in its level's row, or a set itself if it is all."""
     if tree in sets:
-        return as_float32(sets[tree], rows[0])
-    first = _sum_of_tree(tree[0], sets, rows)
-    second = _sum_of_tree(tree[1], sets, rows[1:])
-    return np.add(first, second, out=rows[0])
-
-
-def _depth(tree):
-    return 0 if isinstance(tree, int) else 1 + max(map(_depth, tree))
+        return as_float32(sets[tree], rows[level])
+    if len(rows) == level + 1:
+        rows.append(np.empty_like(rows[0]))
+    first = _add_up(tree[0], sets, rows, level)
+    second = _add_up(tree[1], sets, rows, level + 1)
+    return np.add(first, second, out=rows[level])

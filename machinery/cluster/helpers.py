@@ -14,10 +14,9 @@ START = 60  # seconds in which a helper has started
 
 
 class Drawn:
-    """A mini-batch that a helper draws of a batch. It can be drawn again, and is the same."""
+    """A mini-batch that a helper's method draws of a batch. It can be drawn again, and is the same."""
 
     def __init__(self, helpers, method, batch, *arguments):
-        """Name the helper's method, and its arguments after the batch; nothing is drawn yet."""
         self._helpers, self._method, self._batch = helpers, method, batch
         self._arguments, self._ref = arguments, None
 
@@ -39,8 +38,7 @@ class Helpers:
     def __init__(self, actor):
         """Start none yet. `actor` is their class, a nodes.Actor: functions.Helper."""
         self._actor, self.here = actor, ray.get_runtime_context().get_node_id()
-        self._on = {}  # node id -> actor
-        self._starts = {}  # node id -> reference that resolves once it is up, and when it was started
+        self._on = {}  # node id -> actor, a reference that resolves once it is up, when it was started
 
     def holding(self, batches):
         """For each batch the helper on a node that holds it, or on this one if Ray knows of none."""
@@ -50,13 +48,11 @@ class Helpers:
     def on(self, node):
         """The helper on a node."""
         if node not in self._on:
-            strategy = {"scheduling_strategy": nodes.on_node(node)}
-            self._on[node] = self._actor.options(**strategy, **nodes.modules).remote()
-            self._note_start(node)
-        return self._on[node]
+            self._note_start(node, self._actor.options(**nodes.on_node(node)).remote())
+        return self._on[node][0]
 
-    def _note_start(self, node):
-        self._starts[node] = self._on[node].seconds_at_work.remote(), time.monotonic()
+    def _note_start(self, node, actor):
+        self._on[node] = actor, actor.seconds_at_work.remote(), time.monotonic()
 
     def nodes(self):
         """The nodes that have a helper: all on which data or gradients lie."""
@@ -64,8 +60,7 @@ class Helpers:
 
     def let_go(self, dead):
         """Forget the helpers of nodes that are dead."""
-        for node in dead & set(self._on):
-            del self._on[node]
+        self._on = {node: helper for node, helper in self._on.items() if node not in dead}
 
     def restart_hung(self, seconds):
         """Start helpers anew that have been at work for so many seconds, or do not answer.
@@ -74,27 +69,27 @@ class Helpers:
         forgotten.
         """
         asked = {}
-        for node, (up, since) in [(node, self._starts[node]) for node in self._on]:
+        for node, (actor, up, since) in list(self._on.items()):
             try:
                 ray.get(up, timeout=0)
-                asked[node] = nodes.Health(self._on[node], seconds)
+                asked[node] = actor, actor.seconds_at_work.remote()
             except GetTimeoutError:
                 if time.monotonic() - since > START:
-                    ray.kill(self._on.pop(node))
+                    ray.kill(actor)
+                    del self._on[node]
             except RayError:  # its node is gone, and Ray has known it for a place of images until now
                 del self._on[node]
-        for node, health in asked.items():
-            if health.hangs(wait=nodes.ANSWER) is not False:
-                ray.kill(self._on[node], no_restart=False)
-                self._note_start(node)
+        for node, (actor, answer) in asked.items():
+            if nodes.hangs(answer, seconds, nodes.ANSWER) is not False:
+                ray.kill(actor, no_restart=False)
+                self._note_start(node, actor)
 
     def pass_on(self, ref, there):
         """Start to copy an object from this node to others, in rounds.
 
         A round has as many copies as nodes hold the object by then, since Ray copies from any of them:
-        so this node sends about one a round. To 11 others over slow links it took 0.65 [0.39..1.13] of
-        the time, to 7 over faster ones 1.07 [0.68..1.19] (`benchmarks/links.py`). Returns a dict of
-        node -> reference that resolves once the object is there; None for this node.
+        so this node sends about one a round, which saves time over slow links (benchmarks/README.md).
+        Returns a dict of node -> reference that resolves once the object is there; None for this node.
         """
         arrived, before, rest = {self.here: None}, [], [node for node in there if node != self.here]
         while rest:
@@ -117,9 +112,7 @@ class Helpers:
             refs.append(self.on(node).add_gradients.remote(part, indexes, sets))
         left = {index: refs[index] for index in leaves(tree)}
         missing, waiting = set(left.values()), Waiting(lambda: "The gradients are still added up")
-        restart = timeout
         while missing := missing - set(waiting.some(list(missing))):
-            if waiting.still_for() > restart:
+            if waiting.stalls(timeout):
                 self.restart_hung(timeout)
-                restart += timeout
         return tree, dict(zip(left, ray.get([*left.values()]), strict=True))

@@ -32,12 +32,9 @@ class Cluster(contextlib.ExitStack):
     `can_grow` says whether an autoscaler may add nodes; `actor` is the class of the workers.
     """
 
-    def __init__(self, actor, joined, started):
-        """`joined`: the Ray is not of this run alone. `started`: this run has called `ray.init`."""
+    def __init__(self, actor, can_grow):
         super().__init__()
-        self.actor, self.can_grow = actor, joined
-        if started:
-            self.callback(ray.shutdown)
+        self.actor, self.can_grow = actor, can_grow
 
 
 def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
@@ -50,24 +47,30 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
     nodes.head = nodes.Head()
     nodes.modules.clear()
     if ray.is_initialized():
-        _find_modules(runtime_env)
-        return Cluster(actor, joined=True, started=False)
+        if not {"py_modules", "working_dir"}.intersection(ray.get_runtime_context().runtime_env):
+            if len(nodes.head.nodes()) > 1:
+                hint = "start Ray by ray.init(runtime_env=driver.runtime_env()), with your address"
+                raise ClusterError(f"the nodes of this Ray do not have driver.py's modules: {hint}")
+            here = str(Path(runtime_env["py_modules"][0]).parent)
+            nodes.modules["runtime_env"] = {"env_vars": {"PYTHONPATH": here}}
+        return Cluster(actor, can_grow=True)
     address = find_address()
+    own = address == "local"
+    options = {"include_dashboard": False} | start_options if own else {}
+    options |= {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": runtime_env}
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # the run says in a line what Ray says in twenty
     with held():
-        _init(address, runtime_env, **start_options)
-    return Cluster(actor, joined=address != "local", started=True)
-
-
-def _find_modules(runtime_env):
-    """Have tasks and actors find the modules on a Ray that a program has started before."""
-    brought = ray.get_runtime_context().runtime_env
-    if "py_modules" in brought or "working_dir" in brought:
-        return
-    if len(nodes.head.nodes()) > 1:
-        hint = "start Ray by ray.init(runtime_env=driver.runtime_env()), with your address"
-        raise ClusterError(f"the nodes of this Ray do not have driver.py's modules: {hint}")
-    here = str(Path(runtime_env["py_modules"][0]).parent)
-    nodes.modules["runtime_env"] = {"env_vars": {"PYTHONPATH": here}}
+        try:
+            with contextlib.nullcontext() if own else _silent_core():
+                ray.init(address, **options)
+        except Exception as error:  # of another version, no node here, a path that is too long, ...
+            ray.shutdown()
+            joined = f"the Ray cluster at {address} cannot be joined"
+            what = "Ray does not start here" if own else joined
+            raise ClusterError(f"{what}: {one_line(error)[:300]}") from error
+    cluster = Cluster(actor, can_grow=not own)
+    cluster.callback(ray.shutdown)
+    return cluster
 
 
 def find_address():
@@ -78,8 +81,8 @@ def find_address():
     """
     named = os.environ.get("RAY_ADDRESS", "")
     if named == "local":
-        return "local"
-    if named and named != "auto":
+        return named
+    if named not in ("", "auto"):
         if not re.fullmatch(r"(\[.*\]|[^:/]+):\d{1,5}", named):
             hint = "name the cluster's own address, HOST:6379 (http:// is for `ray job submit` alone)"
             raise ClusterError(f"RAY_ADDRESS={one_line(named)}: {hint}")
@@ -112,34 +115,17 @@ def _answers(address):
     def ask_head():
         try:
             answers.append(GcsClient(address=address).get_all_node_info(timeout=nodes.ANSWER))
-        except AuthenticationError as error:
+        except Exception as error:  # no answer is one, too
             answers.append(error)
-        except Exception:  # no answer is one, too
-            return
 
     answers, asking = [], threading.Thread(target=ask_head, daemon=True)
     with _silent_core():
         asking.start()
         asking.join(nodes.ANSWER)
-    if answers and isinstance(answers[0], AuthenticationError):
+    if any(isinstance(answer, AuthenticationError) for answer in answers):
         hint = "export RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token"
         raise ClusterError(f"the Ray cluster at {address} refuses this run: {hint}")
-    return bool(answers)
-
-
-def _init(address, runtime_env, **start_options):
-    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # the run says in a line what Ray says in twenty
-    options = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": runtime_env}
-    own = address == "local"
-    try:
-        with contextlib.nullcontext() if own else _silent_core():
-            ray.init(
-                address, **options, **({"include_dashboard": False} | start_options if own else {})
-            )
-    except Exception as error:  # of another version, without a node here, a path that is too long, ...
-        ray.shutdown()
-        what = "Ray does not start here" if own else f"the Ray cluster at {address} cannot be joined"
-        raise ClusterError(f"{what}: {one_line(error)[:300]}") from error
+    return not all(isinstance(answer, Exception) for answer in answers)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,6 @@ FAILURES_IN_A_ROW = 3  # of workers on one node, before it is left alone
 RETRY_START = 2  # seconds after which a worker is started again where one failed; longer each time
 LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
 
-
 # Ray's options by which tasks and actors find the project's modules. They need none where the job has
 # these; joining.py sets them where a program has called `ray.init` before.
 modules = {}
@@ -44,20 +43,18 @@ class Head:
     """
 
     def __init__(self):
-        """Nothing is asked yet."""
         self.when_silent = lambda: None
-        self._nodes, self._asking, self._since, self._is_silent = None, None, 0, False
+        self._nodes, self._asking, self._since, self._is_silent = None, threading.Thread(), 0, False
 
     def look(self):
         """Ask it now and then, and never wait. ClusterError if it is gone."""
-        if not self._is_asked() and time.monotonic() > self._since + BETWEEN_LOOKS:
+        if time.monotonic() > self._since + BETWEEN_LOOKS:
             self._ask()
         self._judge()
 
     def nodes(self):
         """The nodes that are alive, as Ray describes them. ClusterError if the head is gone."""
-        if not self._is_asked():
-            self._ask()
+        self._ask()
         if not self._is_silent:
             self._asking.join(ANSWER)
         self._judge()
@@ -65,10 +62,10 @@ class Head:
             raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
         return self._nodes
 
-    def _is_asked(self):
-        return self._asking is not None and self._asking.is_alive()
-
     def _ask(self):
+        if self._asking.is_alive():
+            return
+
         def ask():
             with contextlib.suppress(Exception):  # Ray may have ended meanwhile
                 self._nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -77,23 +74,20 @@ class Head:
         self._asking.start()
 
     def _judge(self):
-        late = self._is_asked() and time.monotonic() > self._since + ANSWER
-        if late and self._refuses():
-            raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
+        late = self._asking.is_alive() and time.monotonic() > self._since + ANSWER
+        if late:
+            host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), 1).close()
+            except ConnectionRefusedError:
+                why = f"the head of the Ray cluster has not answered for {ANSWER} s"
+                raise ClusterError(why) from None
+            except OSError:  # it takes too long, which is silence
+                pass
         if late and not self._is_silent:
             say(f"The head of the Ray cluster is silent for {ANSWER} s: the run goes on without it")
             self.when_silent()
         self._is_silent = late
-
-    def _refuses(self):
-        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), 1).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:  # it takes too long, which is silence
-            return False
-        return False
 
 
 head = Head()  # of the cluster that this process is on
@@ -110,8 +104,8 @@ def lives(node):
 
 
 def on_node(node):
-    """Ray's strategy to place something on a node, and nowhere else."""
-    return NodeAffinitySchedulingStrategy(node, soft=False)
+    """Ray's options for a task or an actor that runs on a node, and nowhere else: a dict."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), **modules}
 
 
 def first_line(error):
@@ -119,28 +113,23 @@ def first_line(error):
     if isinstance(error, RayTaskError):
         error = error.cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
+    lines = lines or [type(error).__name__]
     return lines[-1 if 'File "' in str(error) else 0][:200]
 
 
 # ---- CPUs
 
-# Where an actor is: the model of its CPU, and whether that has instructions for bfloat16.
+# Where an actor is: the model of its CPU, on which the last bits of a result depend, and whether that
+# has instructions for bfloat16.
 Place = namedtuple("Place", "cpu bfloat16")
 
 
 def place():
     """The Place of the actor that calls this."""
-    words = cpuinfo().split()
-    return Place(cpu_model(), "avx512_bf16" in words or "amx_bf16" in words)
-
-
-def cpu_model():
-    """The model of the CPU of the node that this runs on: on another one, the last bits may differ."""
     text, names = cpuinfo(), ("model name", "cpu family", "model")
     fields = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in names]
-    return " / ".join(field[1] for field in fields if field) or platform.processor()
+    model = " / ".join(field[1] for field in fields if field) or platform.processor()
+    return Place(model, not {"avx512_bf16", "amx_bf16"}.isdisjoint(text.split()))
 
 
 def is_fast_in_bfloat16():
@@ -150,7 +139,7 @@ def is_fast_in_bfloat16():
     much a second as float32 on the one that was measured (benchmarks/README.md).
     """
     words = set(cpuinfo().split())
-    made_for_amx = {"GenuineIntel", "avx512_fp16"} <= words
+    made_for_amx = words >= {"GenuineIntel", "avx512_fp16"}
     return "amx_bf16" in words or ("avx512_bf16" in words and not made_for_amx)
 
 
@@ -167,9 +156,8 @@ def fastest_precision(cpus, gpus):
     """
     if gpus:
         return "float32"
-    there = [node for node, number in room_for_workers(cpus, gpus).items() if number]
-    task = ray.remote(num_cpus=0, **modules)(is_fast_in_bfloat16)
-    asked = [task.options(scheduling_strategy=on_node(node)).remote() for node in there]
+    room, task = room_for_workers(cpus, gpus), ray.remote(num_cpus=0)(is_fast_in_bfloat16)
+    asked = [task.options(**on_node(node)).remote() for node, number in room.items() if number]
     fast = []
     for ref in asked:
         with contextlib.suppress(RayError):  # the node is gone
@@ -182,12 +170,9 @@ def fastest_precision(cpus, gpus):
 
 def room_for_workers(cpus, gpus):
     """How many workers of so many CPUs and GPUs each node holds in all: a dict of node id -> number."""
-    room = {}
-    for node in head.nodes():
-        by_cpu = int(node["Resources"].get("CPU", 0) // cpus)
-        by_gpu = int(node["Resources"].get("GPU", 0) // gpus) if gpus else by_cpu
-        room[node["NodeID"]] = min(by_cpu, by_gpu)
-    return room
+    share = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    there = {node["NodeID"]: node["Resources"] for node in head.nodes()}
+    return {node: int(min(there[node].get(kind, 0) // share[kind] for kind in share)) for node in there}
 
 
 def room_for_images(mini_batches, one_set, batch):
@@ -205,26 +190,23 @@ class Room:
     """Where on the cluster workers start: on the node with the most room, and not where they fail.
 
     A node on which workers start in vain, or crash, is tried again after a while, and is left alone
-    after FAILURES_IN_A_ROW failures, or where memory was short.
+    after FAILURES_IN_A_ROW failures, or where memory was short. `share` has the `cpus` and `gpus` of a
+    worker; `here` is the id of the driver's node.
     """
 
     def __init__(self, share, here):
-        """`share` has the `cpus` and `gpus` of a worker; `here` is the id of the driver's node."""
         self._share, self._here = share, here
-        self._failures, self._next_try = Counter(), {}  # node -> failures in a row; a moment
+        self._failures, self._next_try = Counter(), Counter()  # node -> failures in a row; a moment
         self.why = ""  # why the last worker that failed has failed
 
-    def places(self, count, there):
-        """Nodes for at most `count` more workers; `there` is a Counter of the nodes of all others."""
-        room, now, chosen = room_for_workers(**self._share), time.monotonic(), []
-        left = {n: room[n] - there[n] for n in room if self._next_try.get(n, 0) <= now}
-        while len(chosen) < count and left:
+    def places(self, there):
+        """Yield nodes for more workers; `there` is a Counter of the nodes of all others."""
+        room, now = room_for_workers(**self._share), time.monotonic()
+        left = {node: room[node] - there[node] for node in room if self._next_try[node] <= now}
+        while max(left.values(), default=0) > 0:
             node = max(left, key=lambda node: (left[node], node == self._here))
-            if left[node] <= 0:
-                break
             left[node] -= 1
-            chosen.append(node)
-        return chosen
+            yield node
 
     def failed(self, node, why, pause=None):
         """A worker has failed on a node that goes on, which may need a pause of so many seconds."""
@@ -281,19 +263,14 @@ class Actor:
 ACTOR = {"concurrency_groups": {"health": 1}}  # Ray's options for the class of an Actor
 
 
-class Health:
-    """The question whether an Actor hangs: it has been at work for too long, or does not answer."""
+def hangs(answer, seconds, wait=0):
+    """Whether an Actor has been at work for so many seconds, or is lost, as its answer says.
 
-    def __init__(self, actor, seconds):
-        """Ask. It hangs if it has been at work for so many seconds."""
-        self._ref, self._seconds = actor.seconds_at_work.remote(), seconds
-        self._deadline = time.monotonic() + ANSWER
-
-    def hangs(self, wait=0):
-        """True or False; None if the answer has not come after so many seconds, but still may."""
-        try:
-            return ray.get(self._ref, timeout=wait) > self._seconds
-        except GetTimeoutError:
-            return True if time.monotonic() > self._deadline else None
-        except RayError:
-            return True
+    `answer` is the reference of its `seconds_at_work`. None if that has not come after `wait` seconds.
+    """
+    try:
+        return ray.get(answer, timeout=wait) > seconds
+    except GetTimeoutError:
+        return None
+    except RayError:
+        return True

@@ -5,14 +5,14 @@ import logging
 import math
 import time
 from collections import Counter, deque, namedtuple
-from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 
 from machinery.cluster import nodes
 from machinery.cluster.adding import aligned_empty, all_finite, mean_of
 from machinery.cluster.helpers import Helpers
 from machinery.cluster.nodes import first_line, lives
-from machinery.cluster.tasks import CPU_SLICE, TICK, Waiting
+from machinery.cluster.tasks import CPU_SLICE, Waiting
 from machinery.errors import ClusterError, InputError
 
 import numpy as np
@@ -37,31 +37,9 @@ Request = namedtuple("Request", "method drawn refs arguments returns", defaults=
 # The last value of a request, the worker and the node that it is from, references of the values before.
 Result = namedtuple("Result", "value worker node refs")
 
-# A worker that is up: the handle of its actor, its node, and its nodes.Place.
-Member = namedtuple("Member", "number actor node place")
-
-# A worker that starts on a node, until a deadline.
-Starting = namedtuple("Starting", "number actor node deadline")
-
-
-class Running:
-    """A request, by its number, that a Member computes, with references of all its values."""
-
-    def __init__(self, request, member, refs, timeout):
-        """It may be at work for `timeout` seconds. Later, its worker is asked whether it hangs."""
-        self.request, self.member, self.refs, self._timeout = request, member, refs, timeout
-        self._deadline, self._health = time.monotonic() + timeout, None
-
-    def hangs(self, when_waiting):
-        """Whether its worker hangs; calls a function if that only waits for weights or images."""
-        if self._health is None and time.monotonic() > self._deadline:
-            self._health = nodes.Health(self.member.actor, self._timeout)
-        hangs = self._health and self._health.hangs()
-        if hangs is False:
-            self._deadline, self._health = time.monotonic() + self._timeout, None
-            say(f"worker {self.member.number} waits for weights or images")
-            when_waiting()
-        return bool(hangs)
+# A worker: the handle of its actor, and its node. It starts until a deadline, and is up once it has a
+# nodes.Place.
+Member = namedtuple("Member", "number actor node deadline place", defaults=(None,))
 
 
 class Pool:
@@ -73,10 +51,7 @@ class Pool:
     """
 
     def __init__(self, setup, actor, helper):
-        """Start workers and helpers, actors of two classes.
-
-        ClusterError if the cluster has no room for all workers and cannot grow.
-        """
+        """Start workers, of the class `actor`. ClusterError if there is no room, and can be none."""
         self.count, self.helpers = setup.count, Helpers(helper)
         self._setup, self._actor, self._asked = setup, actor, False
         self._room = nodes.Room(setup.share, self.helpers.here)
@@ -84,13 +59,13 @@ class Pool:
         self._requests, self._results = [], []  # those of this iteration's gradients
         self._means = []  # arrays of the mean gradients
         self._up = {}  # number -> Member
-        self._starting = {}  # reference of its Place, once the worker is up -> Starting
+        self._starting = {}  # reference of its Place, once the worker is up -> Member
         self._in_bfloat16 = False  # a worker whose CPU has no instructions for it would take minutes
         if shortage := self._shortage():
             if not setup.can_grow:
                 raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
             self._ask_for_nodes()
-        self._start_missing()
+        self._admit(timeout=0)
 
     def __enter__(self):
         return self
@@ -122,29 +97,21 @@ class Pool:
         request_resources(bundles=[{kind: n for kind, n in bundle.items() if n}] * self.count)
         self._asked = True
 
-    def _start_missing(self):
-        """Start workers in place of those that are lost, as far as there is room."""
-        starting = self._starting.values()
-        missing = set(range(self.count)) - set(self._up) - {start.number for start in starting}
-        if not missing:
-            return
-        there = Counter(worker.node for worker in [*self._up.values(), *starting])
-        for number, node in zip(sorted(missing), self._room.places(len(missing), there), strict=False):
+    def _admit(self, timeout):
+        """Start what is missing and has room; take in what is up, or will be in `timeout` seconds."""
+        workers = [*self._up.values(), *self._starting.values()]
+        missing = sorted(set(range(self.count)) - {worker.number for worker in workers})
+        there = Counter(worker.node for worker in workers)
+        for number, node in zip(missing, self._room.places(there), strict=False):
             actor = self._actor.options(
                 num_cpus=self._setup.share["cpus"] - SLICES_LEFT_FREE * CPU_SLICE,
                 num_gpus=self._setup.share["gpus"],
-                scheduling_strategy=nodes.on_node(node),
-                **nodes.modules,
+                **nodes.on_node(node),
             ).remote(self._setup.network)
             deadline = time.monotonic() + self._setup.patience
-            self._starting[actor.place.remote()] = Starting(number, actor, node, deadline)
-
-    def _admit(self, timeout):
-        """Start what is missing, and take in what has started, or does within `timeout` seconds."""
-        self._start_missing()
+            self._starting[actor.place.remote()] = Member(number, actor, node, deadline)
         if not self._starting:
             time.sleep(timeout)
-            return
         done, _ = ray.wait(list(self._starting), timeout=timeout)
         late = [ref for ref, start in self._starting.items() if start.deadline < time.monotonic()]
         for ref in {*done, *late}:
@@ -164,24 +131,25 @@ class Pool:
             why = "its CPU has no instructions for bfloat16, in which this run computes"
             say(f"node {start.node[:8]} is left alone: {why}")
             return
-        self._up[start.number] = Member(start.number, start.actor, start.node, place)
+        self._up[start.number] = start._replace(place=place)
         if self._weights:
             say(f"worker {start.number} is back: {len(self._up)} of {self.count} are up")
 
     def _wait_for_one(self):
-        """Wait until a worker is up; ClusterError if none can start, or if no node has room."""
-        deadline = time.monotonic() + self._setup.patience
-        where = f"iteration {self.iteration}: " if self._weights else ""
+        """Start what is missing, and wait until a worker is up; ClusterError if none can be."""
         self._admit(timeout=0)
-        if not self._up:
-            say(f"{where}no worker is left: waiting up to {self._setup.patience} s for one")
+        if self._up:
+            return
+        patience = self._setup.patience
+        where = f"iteration {self.iteration}: " if self._weights else ""
+        say(f"{where}no worker is left: waiting up to {patience} s for one")
+        deadline = time.monotonic() + patience
         while not self._up:
             self._admit(timeout=1)
             nodes.head.look()
             if not self._up and (self._room.given_up() or time.monotonic() > deadline):
-                why = (
-                    f"workers fail: {self._room.why}" if self._room.why else "no node has room for one"
-                )
+                fail = self._room.why and f"workers fail: {self._room.why}"
+                why = fail or "no node has room for one"
                 raise ClusterError(f"{where}no worker is left, and none could start: {why}")
 
     def wait(self):
@@ -189,7 +157,8 @@ class Pool:
 
         ClusterError if none is up by then.
         """
-        deadline, announced = time.monotonic() + self._setup.patience, False
+        patience, announced = self._setup.patience, False
+        deadline = time.monotonic() + patience
         while len(self._up) < self.count:
             self._admit(timeout=1)
             shortage, late = self._shortage(), time.monotonic() > deadline
@@ -198,23 +167,20 @@ class Pool:
             if shortage and late and not self._up:
                 raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
             if shortage and not announced:
-                say(f"{shortage}: waiting up to {self._setup.patience} s for more nodes")
+                say(f"{shortage}: waiting up to {patience} s for more nodes")
                 if self._setup.can_grow:
                     self._ask_for_nodes()
                 announced = True
-            if late or (not shortage and self._room.why and not self._starting and self._up):
+            goes_on = late or (not shortage and self._room.why and not self._starting and self._up)
+            if goes_on or self._room.given_up():
                 self._wait_for_one()
-                why = (
-                    shortage or self._room.why or f"the others need more than {self._setup.patience} s"
-                )
+            if goes_on:
+                why = shortage or self._room.why or f"the others need more than {patience} s"
                 up = f"{len(self._up)} of {self.count} workers are up"
                 say(f"only {up}: the run goes on with them ({why})")
                 break
-            if self._room.given_up():
-                self._wait_for_one()
-        places = [member.place for member in self._up.values()]
         in_bfloat16 = self._setup.network["precision"] == "bfloat16"
-        self._in_bfloat16 = in_bfloat16 and all(place.bfloat16 for place in places)
+        self._in_bfloat16 = in_bfloat16 and all(m.place.bfloat16 for m in self._up.values())
 
     def machine(self):
         """What the last bits of a result depend on: a dict of texts."""
@@ -223,38 +189,22 @@ class Pool:
             say(f"CPUs of several models ({cpus}): two runs may differ in the last bits")
         return {"CPU": cpus, "TensorFlow": version("tensorflow")}
 
-    def _by_node(self):
-        """The workers that are up: those of this node first, then node by node."""
-        here = self.helpers.here
-        return sorted(self._up.values(), key=lambda m: (m.node != here, m.node, m.number))
-
-    def _lose(self, member, why, pause=None):
-        """Let a worker go, or all workers of its node if that is dead: others start in their place."""
-        if not lives(member.node):
-            self._lose_nodes({member.node})
-            return
-        del self._up[member.number]
-        ray.kill(member.actor)
-        say(f"worker {member.number} is lost ({why}): {len(self._up)} of {self.count} go on")
-        self._room.failed(member.node, why, pause)
+    def _lose(self, members, what):
+        """Let workers go, and say what is lost: others start in their place."""
+        for member in members:
+            del self._up[member.number]
+            ray.kill(member.actor)
+        if members:
+            say(f"{what}: {len(self._up)} of {self.count} go on")
 
     def _lose_nodes(self, dead):
         """Let all workers and helpers of dead nodes go."""
         for node in dead:
             lost = [member for member in self._up.values() if member.node == node]
-            for member in lost:
-                del self._up[member.number]
-                ray.kill(member.actor)
-            if lost:
-                up = f"{len(self._up)} of {self.count} go on"
-                say(f"node {node[:8]} is lost with {len(lost)} workers: {up}")
+            self._lose(lost, f"node {node[:8]} is lost with {len(lost)} workers")
         self.helpers.let_go(dead)
         if self._setup.can_grow and len(self._up) < self.count:
             self._ask_for_nodes()
-
-    def _lose_dead_nodes(self):
-        there = self.helpers.nodes() | {member.node for member in self._up.values()}
-        self._lose_nodes({node for node in there if not lives(node)})
 
     # ---- what they compute
 
@@ -297,7 +247,8 @@ class Pool:
             except RayError as error:
                 patience.bear(error)
                 say(f"gradients are lost ({first_line(error)}): they are computed again")
-                self._lose_dead_nodes()
+                there = self.helpers.nodes() | {member.node for member in self._up.values()}
+                self._lose_nodes({node for node in there if not lives(node)})
                 self._results = self.run(self._requests)
 
     def _check(self, finite, what):
@@ -313,30 +264,26 @@ class Pool:
 
         A request whose worker is lost goes to another worker.
         """
-        left, patience = deque(range(len(requests))), Patience(self._setup.patience)
-        results, running, crashes = (
-            [None] * len(requests),
-            {},
-            {},
-        )  # reference of a last value -> Running
+        left, results = deque(range(len(requests))), [None] * len(requests)
+        running = {}  # reference of a last value -> what `_send_ready` has sent
+        crashes = [[] for _ in requests]  # the nodes on which workers were lost with each
+        patience, timeout = Patience(self._setup.patience), self._setup.timeout
         waiting = Waiting(lambda: f"Iteration {self.iteration} waits for {_what(running)}")
-        restart = self._setup.timeout
         while left or running:
-            self._admit(timeout=0)
-            if not self._up:
-                self._wait_for_one()
+            self._wait_for_one()
             unready = self._send_ready(requests, left, running)
-            ended = set(waiting.some([*running, *unready], TICK))
-            if not running and waiting.still_for() > restart:
-                self.helpers.restart_hung(self._setup.timeout)
-                restart += self._setup.timeout
+            ended = set(waiting.some([*running, *unready]))
+            if not running and waiting.stalls(timeout):
+                self.helpers.restart_hung(timeout)
             for ref, run in list(running.items()):
                 if ref in ended or self._is_over(run):
                     del running[ref]
-                    result = self._collect(run, ref in ended, requests[run.request], crashes, patience)
-                    results[run.request] = result
-                    if not result:
-                        left.appendleft(run.request)
+                    result = self._collect(run, ref in ended, crashes[run.number], patience)
+                    results[run.number] = result
+                    if result:
+                        patience = Patience(self._setup.patience)
+                    else:
+                        left.appendleft(run.number)
         return results
 
     def _send_ready(self, requests, left, running):
@@ -344,42 +291,48 @@ class Pool:
 
         Returns the references of images that free workers wait for.
         """
-        busy, members = {run.member.number for run in running.values()}, self._by_node()
+        here, busy = self.helpers.here, {run.member.number for run in running.values()}
+        members = sorted(self._up.values(), key=lambda m: (m.node != here, m.node, m.number))
         free = {member.number: member for member in members if member.number not in busy}
         ahead = list(left)[: len(free) + len(self._up)]
         data = {requests[number].drawn.ref(): number for number in ahead}
         there, unready = ray.wait(list(data), num_returns=len(data), timeout=0, fetch_local=False)
-        ready = set(there)
         # An accuracy's requests, which follow those of gradients, are spread like these.
         alike = sum(request.returns > 1 for request in requests) or len(requests)
-        for number in [data[ref] for ref in data if ref in ready][: len(free)]:
+        for ref in there[: len(free)]:
+            number, request = data[ref], requests[data[ref]]
             left.remove(number)
             # Neighbours in the list go to one node, where their gradients are added up.
             home = members[number % alike * len(members) // alike]
             member = free.pop(home.number if home.number in free else next(iter(free)))
-            run = self._send(number, requests[number], member)
-            running[run.refs[-1]] = run
+            iteration, weightref = self._weights
+            call = getattr(member.actor, request.method).options(num_returns=request.returns)
+            refs = call.remote(iteration, [weightref, ref, *request.refs], *request.arguments)
+            refs = refs if request.returns > 1 else [refs]
+            run = SimpleNamespace(number=number, request=request, member=member, refs=refs)
+            # After the deadline, its worker is asked whether it hangs.
+            run.deadline, run.answer = time.monotonic() + self._setup.timeout, None
+            running[refs[-1]] = run
         return unready if free else []
-
-    def _send(self, number, request, member):
-        """Have a worker compute a request, which has a number; what is Running then."""
-        iteration, weightref = self._weights
-        call = getattr(member.actor, request.method).options(num_returns=request.returns)
-        refs = call.remote(
-            iteration, [weightref, request.drawn.ref(), *request.refs], *request.arguments
-        )
-        return Running(number, member, refs if request.returns > 1 else [refs], self._setup.timeout)
 
     def _is_over(self, run):
         """Whether a request's worker is lost or hangs: nobody waits for it longer."""
-        restart_hung = partial(self.helpers.restart_hung, self._setup.timeout)
-        return self._up.get(run.member.number) != run.member or run.hangs(restart_hung)
+        if self._up.get(run.member.number) is not run.member:
+            return True
+        now, timeout = time.monotonic(), self._setup.timeout
+        if run.answer is None:
+            if now <= run.deadline:
+                return False
+            run.answer, run.deadline = run.member.actor.seconds_at_work.remote(), now + nodes.ANSWER
+        hangs = nodes.hangs(run.answer, timeout)
+        if hangs is False:
+            run.answer, run.deadline = None, now + timeout
+            say(f"worker {run.member.number} waits for weights or images")
+            self.helpers.restart_hung(timeout)
+        return now > run.deadline if hangs is None else hangs
 
-    def _collect(self, run, ended, request, crashes, patience):
-        """The Result of a request that has ended or is over; None if it must be computed again.
-
-        `crashes` is a dict of request -> the nodes on which workers were lost with it.
-        """
+    def _collect(self, run, ended, crashes, patience):
+        """The Result of a request that has ended or is over; None if it must be computed again."""
         member = run.member
         try:
             value = ray.get(run.refs[-1], timeout=0)
@@ -389,27 +342,29 @@ class Pool:
                 raise
             if isinstance(cause, RayError):  # not the call has failed, but what makes its images
                 patience.bear(error)
-                request.drawn.let_go()
+                run.request.drawn.let_go()
             elif self._up.get(member.number) is member:
                 why = first_line(error) if ended else f"no answer in {self._setup.timeout} s"
-                short = isinstance(error, OutOfMemoryError)
-                self._lose(member, why, nodes.LEFT_ALONE if short else None)
-                self._count_crash(run, request, crashes, error if cause else ClusterError(why))
+                if lives(member.node):
+                    self._lose([member], f"worker {member.number} is lost ({why})")
+                    short = isinstance(error, OutOfMemoryError)
+                    self._room.failed(member.node, why, nodes.LEFT_ALONE if short else None)
+                else:
+                    self._lose_nodes({member.node})
+                self._count_crash(run, crashes, error if cause else ClusterError(why))
             return None
-        request.drawn.let_go()  # or a validation's images would all lie in the object store
+        run.request.drawn.let_go()  # or a validation's images would all lie in the object store
         self._room.worked(member.node)
-        patience.renew()
         return Result(value, member.number, member.node, run.refs[:-1])
 
-    def _count_crash(self, run, request, crashes, error):
+    def _count_crash(self, run, crashes, error):
         """Raise the error if the request was too often what workers were lost with, wherever it ran."""
-        there = crashes.setdefault(run.request, [])
-        there.append(run.member.node)
-        counted = [node for node in there if lives(node)]
+        crashes.append(run.member.node)
+        counted = [node for node in crashes if lives(node)]
         untried = {member.node for member in self._up.values()} - set(counted)
         if len(counted) >= CRASHES and not untried:
-            name = f"iteration {self.iteration}, {request.method} {run.request}"
             if isinstance(error, ClusterError):
+                name = f"iteration {self.iteration}, {run.request.method} {run.number}"
                 raise ClusterError(f"{name}: {len(counted)} workers failed: {error}")
             raise error
 
@@ -419,10 +374,9 @@ def _what(running):
 
 
 class Patience:
-    """Bears errors of what Ray rebuilds, as long as they do not go on for too long."""
+    """Bears errors of what Ray rebuilds, for so many seconds from the first one on."""
 
     def __init__(self, seconds):
-        """Bear them for so many seconds from the first one on."""
         self._seconds, self._end = seconds, None
 
     def bear(self, error):
@@ -431,7 +385,3 @@ class Patience:
         if time.monotonic() > self._end:
             raise error
         time.sleep(1)
-
-    def renew(self):
-        """It goes on."""
-        self._end = None

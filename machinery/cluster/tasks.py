@@ -23,15 +23,14 @@ MAX_STARTS = 5  # of a task on one node, in each of which it has ended its proce
 LONGEST = 10**8  # seconds, three years, that the standard library can count down from
 PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
 TICK = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
-MOMENT = 0.001  # seconds in which answers are taken together
 
 _limits = {"seconds": math.inf, "options": {}}  # of each task, see `limit`
 
 
 def limit(seconds):
     """From here on, a task may take so many seconds, and two run on a CPU at most."""
-    sizes = [node["Resources"] for node in nodes.head.nodes()]
-    sizes = [(each["memory"], each["CPU"]) for each in sizes if each.get("CPU") and each.get("memory")]
+    there = [node["Resources"] for node in nodes.head.nodes()]
+    sizes = [(node["memory"], node["CPU"]) for node in there if node.get("CPU") and node.get("memory")]
     sizes = sizes or [(2 * TASK_MEMORY, 1)]  # no such node is there yet
     share, largest = min(memory / cpus / 2 for memory, cpus in sizes), max(sizes)[0]
     _limits["options"] = {"memory": int(min(max(TASK_MEMORY, share), largest)), "num_cpus": CPU_SLICE}
@@ -75,18 +74,18 @@ def run(name, seconds, function, *arguments):
 
 
 class Waiting:
-    """A wait: says every PATIENCE seconds what for, and looks whether the cluster's head is there."""
+    """A wait for `what()`: says so every PATIENCE seconds, and looks whether the head is there."""
 
     def __init__(self, what):
-        """`what` is a function that tells what is awaited."""
         self._what, self._since, self._said = what, time.monotonic(), time.monotonic()
+        self._stalls = 0
 
-    def some(self, refs, seconds=TICK):
-        """Those of some references that are there, after so many seconds at most; maybe none."""
-        done, _ = ray.wait(refs, timeout=seconds, fetch_local=False)
+    def some(self, refs):
+        """Those of a list of references that are there, after TICK seconds at most; maybe none."""
+        done, _ = ray.wait(refs, timeout=TICK, fetch_local=False)
         now = time.monotonic()
         if done:  # all that have ended are taken: a look at each in turn would be quadratic
-            done, _ = ray.wait(refs, num_returns=len(refs), timeout=MOMENT, fetch_local=False)
+            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0.001, fetch_local=False)
             self._since = self._said = now
         elif now > self._said + PATIENCE:
             self._said = now
@@ -95,9 +94,11 @@ class Waiting:
         nodes.head.look()
         return done
 
-    def still_for(self):
-        """For how many seconds nothing has come."""
-        return time.monotonic() - self._since
+    def stalls(self, seconds):
+        """Whether nothing has come for so many seconds; at the n-th stall, for n times as many."""
+        stalls = time.monotonic() - self._since > (self._stalls + 1) * seconds
+        self._stalls += stalls
+        return stalls
 
 
 def wait(refs, what):

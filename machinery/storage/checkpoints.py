@@ -1,5 +1,6 @@
 """Checkpoints, from which a run resumes: the state of its network, and the facts about the run."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -34,18 +35,14 @@ class Facts:
 
 @dataclasses.dataclass
 class Start:
-    """Where a run begins: at a checkpoint, or at iteration 0, where nothing is known yet.
-
-    `state` is the network's, and `mean` the mean image that its images are centred by. `reached` is the
-    newest iteration of all checkpoints; `trained` says that nothing is left to train.
-    """
+    """Where a run begins: at a checkpoint, or at iteration 0, where nothing is known yet."""
 
     place: str | None
     facts: Facts = dataclasses.field(default_factory=Facts)
-    state: dict | None = None
-    mean: object = None
-    reached: int = 0
-    trained: bool = False
+    state: dict | None = None  # the network's
+    mean: object = None  # the mean image that its images are centred by
+    reached: int = 0  # the newest iteration of all checkpoints
+    trained: bool = False  # whether nothing is left to train
     run: dict = dataclasses.field(default_factory=dict)  # what `must_match` was told
 
     @property
@@ -56,16 +53,16 @@ class Start:
     def must_match(self, run, fixed=()):
         """InputError unless the texts in `run` that are `fixed` are as saved; says what has changed."""
         was = self.facts.run
-        changed = {key: was[key] for key in run if key in was and was[key] != run[key]}
-        if wrong := [f"{key} (was {was})" for key, was in changed.items() if key in fixed]:
-            what = f"is of another run: different are {', '.join(wrong)}"
+        changed = [key for key in run if was.get(key, run[key]) != run[key]]
+        if wrong := [key for key in changed if key in fixed]:
             hint = f"restore that or name another {FLAG}"
-            if "tars" in changed and "tars" in fixed:
+            if "tars" in wrong:
                 same = "ETags tell; if the same tars were only uploaded again in another way"
                 hint = f"{same}, set CHECK_TARS = False in driver.py, or else {hint}"
-            raise InputError(f"{self.place} {what}; {hint}")
-        for key, before in changed.items():
-            say(f"{key} is {run[key]} from here on, was {before}")
+            what = ", ".join(f"{key} (was {was[key]})" for key in wrong)
+            raise InputError(f"{self.place} is of another run: different are {what}; {hint}")
+        for key in changed:
+            say(f"{key} is {run[key]} from here on, was {was[key]}")
         if new := [f"{key} = {run[key]}" for key in run if was and key not in was]:
             say(f"From here on {' and '.join(new)}: the checkpoints in {self.place} do not say it")
         self.run |= run
@@ -81,27 +78,20 @@ class Start:
         return state
 
     def validate_on(self, held_out):
-        """Take the fingerprints of a held-out set, None if there is none.
-
-        What was best on another set is forgotten.
-        """
+        """Take a held-out set's fingerprints, or None; what was best on another set is forgotten."""
         if held_out not in (None, self.facts.held_out):
             if self.facts.best:
                 say("The held-out set is another one: its best checkpoint is looked for from here on")
-            new = {"held_out": held_out, "validated": 0, "best": None}
-            self.facts = dataclasses.replace(self.facts, **new)
+            self.facts = dataclasses.replace(self.facts, held_out=held_out, validated=0, best=None)
 
 
 class Checkpoints:
-    """Checkpoints in TensorFlow's own format, which `tf.train` reads; the newest three and the best are
-    kept.
+    """Checkpoints in TensorFlow's own format, which `tf.train` reads: the newest three, and the best.
 
     A checkpoint is the state of an AlexNet, the mean image, and a run's Facts. TensorFlow writes it
     under names that nobody reads and renames them, the index last. If `place` is in S3, a thread puts
     it there in the same order, and the file `checkpoint`, which names it, last.
     """
-
-    KEPT = 3
 
     def __init__(self, place):
         """Open a folder or `s3://bucket/prefix`; InputError if it cannot be written, or is in use."""
@@ -110,16 +100,20 @@ class Checkpoints:
         self.place = self._folder and self._folder.place
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
-        self.lost_best = None  # those of a better one whose save has failed
-        self._damaged = set()  # names of checkpoints, which are left alone
+        self._tried_best = None  # those of the best one that was tried to be saved
+        self._damaged = set()  # iterations of checkpoints, which are left alone
         self._putter, self._putting = ThreadPoolExecutor(1), set()
         if place:
             with write_errors(FLAG, place):
                 self._folder.lock(FLAG, STATE)
-                for leftover in self._folder.path.glob(
-                    "ckpt-*.tempstate*"
-                ):  # of a save that was killed
-                    leftover.unlink()
+                for of_a_killed_save in self._folder.path.glob("ckpt-*.tempstate*"):
+                    of_a_killed_save.unlink()
+
+    @property
+    def lost_best(self):
+        """Iteration and top-1 of a better one than `best`, whose save has failed; None without one."""
+        tried, best = self._tried_best, self.best
+        return tried if tried and not (best and best[1] >= tried[1]) else None
 
     def claim(self, facts):
         """The place is this run's from here on."""
@@ -145,39 +139,33 @@ class Checkpoints:
         ones are damaged; InputError if there are none but damaged ones.
         """
         there = self._iterations() if self.place else []
-        reached = there[-1] if there else 0
-        trained = reached >= iterations
-        limit = iterations if trained and wanted else math.inf
-        usable = [iteration for iteration in there if iteration <= limit]
+        reached = max(there, default=0)
+        whole = wanted and reached >= iterations
+        usable = [iteration for iteration in there if iteration <= iterations or not whole]
         for iteration in reversed(usable):
-            if start := self._read(iteration):
-                start.reached, start.trained = reached, trained and (wanted or iteration >= iterations)
+            try:
+                for file in _files(iteration):
+                    self._folder.download(file)
+                reader = tf.train.load_checkpoint(str(self._folder.path / f"ckpt-{iteration}"))
+                # Reading a tensor verifies its checksum.
+                state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+                facts, mean = Facts(**json.loads(state.pop("facts"))), state.pop("mean")
+            except InputError:
+                raise
+            except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
+                why = one_line(error)[:120]
+                say(f"{self.place}: ckpt-{iteration} is damaged and left out: {why}")
+                self._damaged.add(iteration)
+            else:
                 self.saved = self._newest = iteration
-                return start
-        if len(usable) < len(there):
+                trained = whole or iteration >= iterations
+                return Start(self.place, facts, state, mean, reached, trained)
+        if usable != there:
             none = f"no intact checkpoint up to iteration {iterations} is kept"
             raise InputError(f"{self.place}: {none}; there are {', '.join(map(str, there))}")
         if there:
             raise InputError(f"{self.place}: no checkpoint is intact; remove them to start anew")
         return Start(self.place)
-
-    def _read(self, iteration):
-        """The Start at a checkpoint; None if that is damaged."""
-        try:
-            for file in _files(iteration):
-                self._folder.download(file)
-            reader = tf.train.load_checkpoint(str(self._folder.path / f"ckpt-{iteration}"))
-            # Reading a tensor verifies its checksum.
-            state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-            facts, mean = Facts(**json.loads(state.pop("facts"))), state.pop("mean")
-            return Start(self.place, facts, state, mean)
-        except InputError:
-            raise
-        except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
-            why = one_line(error)[:120]
-            say(f"{self.place}: ckpt-{iteration} is damaged and left out: {why}")
-            self._damaged.add(iteration)
-            return None
 
     def save(self, network, facts, mean, top1=None):
         """Write a checkpoint of a network; if it goes to S3, wait only for the one before it.
@@ -199,50 +187,45 @@ class Checkpoints:
                 self.best = best
                 return
         facts = dataclasses.replace(facts, iteration=iteration, best=best)
-        prefix = str(self._folder.path / f"ckpt-{iteration}")
-        text = json.dumps(dataclasses.asdict(facts))
-        if self._tried(facts, lambda: network.save(prefix, text, mean)):
-            self._putting = {self._putter.submit(self._tried, facts, lambda: self._put(facts))}
+        with self._or_say(f"The checkpoint of iteration {iteration} is not saved"):
+            text = json.dumps(dataclasses.asdict(facts))
+            network.save(str(self._folder.path / f"ckpt-{iteration}"), text, mean)
+            self._putting = {self._putter.submit(self._put, iteration, best)}
         self._newest = iteration
+        if top1 is not None:
+            self._tried_best = max(best, self._tried_best or best, key=lambda tried: tried[1])
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
         for putting in as_they_end(self._putting):
             putting.result()
 
-    def _tried(self, facts, do):
-        """Whether a part of a save could be done. A failure is said."""
+    @contextlib.contextmanager
+    def _or_say(self, failed):
+        """Say of what is not done within that it has failed."""
         try:
             with write_errors(FLAG, self.place):
-                do()
+                yield
         except InputError as error:
-            if facts.best and facts.best[0] == facts.iteration:
-                self.lost_best = max(facts.best, self.lost_best or facts.best, key=lambda lost: lost[1])
-            say(f"The checkpoint of iteration {facts.iteration} is not saved: {error}")
-            return False
-        return True
+            say(f"{failed}: {error}")
 
-    def _put(self, facts):
+    def _put(self, iteration, best):
         """Put a checkpoint that is written where it belongs, and delete older ones."""
-        iteration, best = facts.iteration, facts.best
-        self._folder.check_claim()
-        self._damaged.discard(iteration)
-        there = [*(i for i in self._iterations() if i not in (iteration, *self._damaged)), iteration]
-        kept = {*there[-self.KEPT :], *(best[:1] if best else [])}
-        names = [f"ckpt-{each}" for each in there if each in kept]
-        tf.train.update_checkpoint_state(str(self._folder.path), f"ckpt-{iteration}", names)
-        for file in [*_files(iteration), STATE]:
-            self._folder.upload(file)
-        self.saved, self.best = iteration, best
-        if self.lost_best and best and best[1] >= self.lost_best[1]:
-            self.lost_best = None
-        try:
-            with write_errors(FLAG, self.place):
+        with self._or_say(f"The checkpoint of iteration {iteration} is not saved"):
+            self._folder.check_claim()
+            self._damaged.discard(iteration)
+            others = {*self._iterations()} - {iteration} - self._damaged
+            there = [*sorted(others), iteration]
+            kept = {*there[-3:], *(best[:1] if best else [])}
+            names = [f"ckpt-{each}" for each in there if each in kept]
+            tf.train.update_checkpoint_state(str(self._folder.path), f"ckpt-{iteration}", names)
+            for file in [*_files(iteration), STATE]:
+                self._folder.upload(file)
+            self.saved, self.best = iteration, best
+            with self._or_say(f"Older checkpoints than that of iteration {iteration} are not deleted"):
                 for old in set(there) - kept:
                     for file in reversed(_files(old)):
                         self._folder.delete(file)
-        except InputError as error:
-            say(f"Older checkpoints than that of iteration {iteration} are not deleted: {error}")
 
 
 def _files(iteration):

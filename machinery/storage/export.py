@@ -42,21 +42,18 @@ class SavedModel:
         with write_errors(FLAG, self.place):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
-                network.export(str(Path(scratch) / "new"), mean)
+                new = Path(scratch) / "new"
+                network.export(str(new), mean)
                 (folder / MARK).write_text("driver.py may replace what it has exported here.\n")
                 self._folder.upload(MARK)
                 self._folder.delete(MODEL)
-                self._move(Path(scratch))
-
-    def _move(self, scratch):
-        entries = sorted((scratch / "new").iterdir(), key=lambda path: path.name == MODEL)
-        for entry in entries:
-            there = self._folder.path / entry.name
-            if there.exists():
-                there.rename(scratch / f"old-{entry.name}")
-            entry.rename(there)
-            for file in sorted(there.rglob("*")) if there.is_dir() else [there]:
-                self._folder.upload(file.relative_to(self._folder.path).as_posix())
+                for entry in sorted(new.iterdir(), key=lambda path: path.name == MODEL):
+                    there = folder / entry.name
+                    if there.exists():
+                        there.rename(new.with_name(f"old-{entry.name}"))
+                    entry.rename(there)
+                    for file in sorted(there.rglob("*")) if there.is_dir() else [there]:
+                        self._folder.upload(file.relative_to(folder).as_posix())
 
 
 def _is_export(folder):

@@ -3,49 +3,44 @@
 import contextlib
 import io
 import os
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 from machinery.errors import InputError, one_line
 from machinery.storage.s3 import Tar
 
 
-class Folder(NamedTuple):
-    """A folder as a source. The key of a file is its path in the folder, its ETag is size and time."""
+class Folder(str):
+    """A folder as a source, its path. A file's key is its path in there, its ETag is size and time."""
 
-    path: str
-    kind: str = "folder"
+    kind = "folder"
 
     @classmethod
     def named(cls, text):
         """The folder of a name such as file:///folder or /folder; None for a name of another kind."""
-        path = re.sub("^file://", "", text, flags=re.IGNORECASE)
+        path = text[7:] if text[:7].lower() == "file://" else text
         if path == text and not path.startswith(("/", "~/")):
             return None
         folder = Path(path).expanduser()
         if not folder.is_absolute() or not folder.is_dir():
             raise InputError(f"--s3-bucket {one_line(text)}: no such folder; name it by its full path")
-        return cls(str(folder))
-
-    def __str__(self):
-        return self.path
+        return cls(folder)
 
     def keys(self, prefix):
         """All files below a prefix, by key, each as a Tar."""
-        root, found = Path(self.path), []
-        with _errors(self.path):
-            start = root / prefix.rpartition("/")[0].lstrip("/")
-            for place, _, names in os.walk(start, onerror=_fail, followlinks=True):
-                for path in (Path(place) / name for name in names):
-                    key = path.relative_to(root).as_posix()
-                    if key.startswith(prefix) and path.is_file():
-                        found.append(_listed(key, path.stat()))
-        return sorted(found)
+        with _errors(self):
+            start = Path(self, prefix.rpartition("/")[0].lstrip("/"))
+            folders = os.walk(start, onerror=_fail, followlinks=True)
+            files = (Path(place, name) for place, _, names in folders for name in names)
+            keys = (file.relative_to(self).as_posix() for file in files)
+            found = (key for key in keys if key.startswith(prefix) and Path(self, key).is_file())
+            return sorted(_tar(key, Path(self, key).stat()) for key in found)
 
     def open(self, tar):
         """A Tar as a file; InputError if it is unreadable, or not as it was listed."""
-        return _File(Path(self.path) / tar.key, tar)
+        with _errors(path := Path(self, tar.key)):
+            file = _File(path)
+        file.tar = tar
+        return file
 
     def start_of(self, tar, size):
         """The first bytes of a Tar, so many or fewer."""
@@ -54,28 +49,20 @@ class Folder(NamedTuple):
 
     def read(self, key):
         """One file as bytes."""
-        with _errors(Path(self.path) / key):
-            return (Path(self.path) / key).read_bytes()
+        with _errors(path := Path(self, key)):
+            return path.read_bytes()
 
 
 class _File(io.FileIO):
-    def __init__(self, path, tar):
-        self._path, self._tar = path, tar
-        with _errors(path):
-            super().__init__(path)
-        self.seek(0)
-
     def read(self, size=-1):
-        with _errors(self._path):
-            data = super().read(-1 if size is None else size)
-            if _listed(self._tar.key, os.fstat(self.fileno())) != self._tar:
-                raise InputError(
-                    f"{one_line(self._path)}: has changed since it was listed: start again"
-                )
-        return data
+        with _errors(self.name):
+            data = super().read(size)
+            if _tar(self.tar.key, os.fstat(self.fileno())) != self.tar:
+                raise InputError(f"{one_line(self.name)}: has changed since it was listed: start again")
+            return data
 
 
-def _listed(key, stat):
+def _tar(key, stat):
     return Tar(key, f"{stat.st_size}-{stat.st_mtime_ns}", stat.st_size)
 
 
@@ -88,8 +75,6 @@ def _fail(error):
 def _errors(path):
     try:
         yield
-    except OSError as error:
+    except OSError as why:
         hint = "check its name and rights, and that every node sees the folder"
-        raise InputError(
-            f"{one_line(error.filename or path)}: {error.strerror or error}; {hint}"
-        ) from error
+        raise InputError(f"{one_line(why.filename or path)}: {why.strerror or why}; {hint}") from why

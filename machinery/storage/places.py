@@ -24,11 +24,7 @@ say = logging.getLogger("driver").info
 
 # One plain put for a file of up to 4 GB: not every S3-compatible store knows uploads in parts.
 PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
-
-PARTS = TransferConfig(multipart_chunksize=PIECE, io_chunksize=PIECE, max_concurrency=AHEAD)
-
-# A store may take its time to answer once it has 500 MB of a checkpoint.
-AFTER_A_PUT = Config(read_timeout=30)
+PARTS = TransferConfig(multipart_chunksize=PIECE, max_concurrency=AHEAD)
 
 
 def open_place(flag, place, mark, ours, unmarked=lambda folder: False):
@@ -47,10 +43,9 @@ def open_place(flag, place, mark, ours, unmarked=lambda folder: False):
         names = folder.names()
         there = [name for name in names if re.fullmatch(ours, name)]
         marked = any(re.fullmatch(mark, name) for name in names)
-        foreign = there and not marked and not unmarked(folder)
-    if foreign:
-        why = f"{one_line(there[0])} there is another program's"
-        raise InputError(f"{flag} {place}: {why}; name another place")
+        if there and not marked and not unmarked(folder):
+            why = f"{one_line(there[0])} there is another program's"
+            raise InputError(f"{flag} {place}: {why}; name another place")
     return folder
 
 
@@ -62,11 +57,10 @@ def checked_place(flag, place, remote=True):
     if place is None:
         return None
     kinds = "name a folder or s3://bucket/prefix" if remote else "name a local folder"
-    scheme, slashes, rest = re.match("([A-Za-z][A-Za-z0-9+.-]*:)?(/*)(.*)", place, re.DOTALL).groups()
-    if not place or (scheme and slashes):
-        if not (remote and scheme and scheme.lower() == "s3:" and slashes == "//" and rest):
-            raise InputError(f"{flag} {place}: {kinds}")
-        return f"s3://{rest}"
+    if remote and re.match("[sS]3://[^/]", place):
+        return f"s3{place[2:]}"
+    if not place or re.match("[A-Za-z][A-Za-z0-9+.-]*:/", place):
+        raise InputError(f"{flag} {place}: {kinds}")
     with write_errors(flag, place):
         folder = Path(place).expanduser()
         if "working_dir_files" in folder.resolve().parts:
@@ -102,7 +96,7 @@ class LocalFolder:
 
     def __init__(self, place):
         """Name the folder; nothing is there yet."""
-        self.place, self.path, self._lock = place, Path(place).resolve(), None
+        self.place, self.path = place, Path(place).resolve()
 
     def check(self):
         """Make the folder, and try to write there."""
@@ -124,24 +118,18 @@ class LocalFolder:
         except OSError as error:
             say(f"{self.place} has no locks ({error.strerror}): a second run here goes unnoticed")
 
-    def claim(self):
-        """The lock has it already."""
+    def upload(self, name=None):
+        """A file is there once it is written, and the folder is this run's once it is locked."""
 
-    check_claim = claim
-
-    def upload(self, name):
-        """A file is there once it is written."""
-
-    download = upload
+    download = claim = check_claim = upload
 
     def delete(self, name):
         """Delete a file."""
         (self.path / name).unlink(missing_ok=True)
 
     def close(self):
-        """Leave the folder to others."""
-        if self._lock:
-            self._lock.close()
+        """Leave a folder that was locked to others."""
+        self._lock.close()
 
 
 class S3Folder:
@@ -155,27 +143,25 @@ class S3Folder:
         self.place = place
         name, _, prefix = place.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
-        with s3_errors(name):
-            self.bucket = s3_resource(PATIENT.merge(AFTER_A_PUT)).Bucket(name)
-        self._scratch = tempfile.TemporaryDirectory()
-        self.path, self._owner, self._run = Path(self._scratch.name), None, uuid.uuid4().hex
+        with s3_errors(name):  # a store may take its time to answer once it has 500 MB of a checkpoint
+            self.bucket = s3_resource(PATIENT.merge(Config(read_timeout=30))).Bucket(name)
+        self._scratch, self._run = tempfile.TemporaryDirectory(), uuid.uuid4().hex
+        self.path = Path(self._scratch.name)
 
     def _errors(self, name):
         return s3_errors(self.bucket.name, self.prefix + name)
 
     def check(self, only_puts=False):
         """Raise InputError unless a file can be put here and, without `only_puts`, read and deleted."""
-        name = ".check" if only_puts else f".check-{uuid.uuid4().hex}"
+        name = ".check" if only_puts else f".check-{self._run}"
         with self._errors(name):
             file = s3_resource().Object(self.bucket.name, self.prefix + name)
             file.put(Body=b"This may be deleted.")
-            if only_puts:
-                with contextlib.suppress(ClientError):
-                    file.delete()
-                return
-            self.names(name)
-            file.get()["Body"].read()
-            file.delete()
+            if not only_puts:
+                self.names(name)
+                file.get()["Body"].read()
+            with contextlib.suppress(*[ClientError] * only_puts):
+                file.delete()
 
     def names(self, start=""):
         """Names of the files, or of those whose name starts so."""
@@ -202,17 +188,17 @@ class S3Folder:
 
     def upload(self, name):
         """Put a file of `path`."""
-        with self._errors(name):
-            self.bucket.upload_file(str(self.path / name), self.prefix + name, Config=PLAIN_PUTS)
+        with (self.path / name).open("rb") as file:
+            self.upload_stream(file, name, {}, PLAIN_PUTS)
 
-    def upload_stream(self, stream, name, metadata):
+    def upload_stream(self, stream, name, metadata, form=PARTS):
         """Put what a file object has to read, with a dict of metadata; some twelve parts are in memory.
 
         If reading raises, nothing is put. Threads may call this and `metadata` at the same time.
         """
         with self._errors(name):
             put, options = self.bucket.meta.client.upload_fileobj, {"Metadata": metadata}
-            put(stream, self.bucket.name, self.prefix + name, ExtraArgs=options, Config=PARTS)
+            put(stream, self.bucket.name, self.prefix + name, ExtraArgs=options, Config=form)
 
     def metadata(self, name):
         """The metadata that a file was put with."""
@@ -222,8 +208,7 @@ class S3Folder:
 
     def download(self, name):
         """Get a file into `path`."""
-        key = self.prefix + name
-        read_object(self.bucket.meta.client, self.bucket.name, key, self.path / name)
+        read_object(self.bucket.meta.client, self.bucket.name, self.prefix + name, self.path / name)
 
     def delete(self, name):
         """Delete a file, also that of `path`."""

@@ -14,18 +14,11 @@ from typing import NamedTuple
 from machinery.errors import InputError, one_line
 
 import boto3
-from boto3.exceptions import Boto3Error, S3UploadFailedError
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
-STORM = 30  # seconds for which a piece is asked for anew if every attempt breaks off
 PIECE = 8 * 2**20  # bytes of one request
 AHEAD = 4  # pieces that are fetched while one is used
 ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as PATIENT says
@@ -46,32 +39,27 @@ PATIENT = Config(
 IMPATIENT = PATIENT.merge(Config(retries={"mode": "standard", "total_max_attempts": 3}))
 
 
-def s3_resource(config=None, **where):
+def s3_resource(config=IMPATIENT, **where):
     """A boto3 S3 resource of the ordinary AWS settings; `where` is an endpoint and region, if given.
 
     AWS_REGION counts before AWS_DEFAULT_REGION, as in all of AWS's tools but boto3.
     """
     where = {"region_name": os.environ.get("AWS_REGION") or None} | where
-    return boto3.resource("s3", config=config or IMPATIENT, **where)
+    return boto3.resource("s3", config=config, **where)
 
 
-def data_client(config=None, access=(), **where):
-    """A boto3 S3 client to read the data with; `access` and `where` are what `s3_location` says."""
-    config = config or IMPATIENT
-    if "anonymous" in access:
+def data_client(config=IMPATIENT, anonymous=False, requester_pays=False, **where):
+    """A boto3 S3 client to read the data with; all but its Config is what `s3_location` says."""
+    if anonymous:
         config = config.merge(Config(signature_version=UNSIGNED))
     client = s3_resource(config, **where).meta.client
-    if "requester pays" in access:
-        for operation in ("ListObjects", "GetObject", "HeadObject"):
-            client.meta.events.register(f"provide-client-params.s3.{operation}", _let_requester_pay)
+    for operation in ("ListObjects", "GetObject", "HeadObject") if requester_pays else ():
+        event = f"provide-client-params.s3.{operation}"
+        client.meta.events.register(event, lambda params, **_: params | {"RequestPayer": "requester"})
     return client
 
 
 _client = functools.cache(data_client)  # a new one takes 50 ms
-
-
-def _let_requester_pay(params, **_):
-    return params | {"RequestPayer": "requester"}
 
 
 def s3_location():
@@ -85,10 +73,11 @@ def s3_location():
     where = {"region_name": meta.region_name}
     if meta.endpoint_url != plain.endpoint_url:
         where["endpoint_url"] = meta.endpoint_url
-    anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1")
-    pays = os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester"
-    access = [*(["anonymous"] if anonymous else []), *(["requester pays"] if pays else [])]
-    return where | ({"access": tuple(access)} if access else {})
+    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1"):
+        where["anonymous"] = True
+    if os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester":
+        where["requester_pays"] = True
+    return where
 
 
 class Tar(NamedTuple):
@@ -158,12 +147,12 @@ class S3File:
     unreadable or has changed since it was listed.
     """
 
-    def __init__(self, client, bucket, tar, storm=STORM, piece=PIECE, ahead=AHEAD):
-        """Nothing is asked of S3 yet. `tar` is a Tar; `piece` is in bytes, `storm` in seconds."""
+    def __init__(self, client, bucket, tar, storm=30, piece=PIECE, ahead=AHEAD):
+        """Nothing is asked of S3 yet; for `storm` seconds, what breaks off is asked for anew."""
         self._client, self._bucket, self._tar = client, bucket, tar
         self._storm, self._piece, self._ahead, self._place = storm, piece, ahead, 0
-        # Number -> Future of its bytes.
-        self._pieces, self._threads = {}, ThreadPoolExecutor(max(1, ahead))
+        self._pieces = {}  # number -> Future of its bytes
+        self._threads = ThreadPoolExecutor(max(1, ahead))
 
     def close(self):
         """Begin to fetch nothing more."""
@@ -212,49 +201,31 @@ class S3File:
             except S3_RETRYABLE_DOWNLOAD_ERRORS as error:
                 if attempts >= ATTEMPTS:
                     if time.monotonic() > deadline:
-                        raise BrokenOff(error) from error
+                        off = f"every attempt to read it broke off ({one_line(error)}): start again"
+                        raise ValueError(off) from error
                     time.sleep(2)
 
 
-class BrokenOff(Exception):  # noqa: N818, it says what has happened
-    """Every attempt to read something broke off; the last one by the error that is given."""
-
-
-_ACCESS = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-_CHANGED = "has changed since it was listed: start again with the new data"
-_MISSING = "there is no such key; check the flag that names it"
-_DENIED = "access denied; check the credentials and the bucket's policy"
-_HINTS = {
-    "PreconditionFailed": _CHANGED,
-    "412": _CHANGED,
-    "404": _MISSING,
-    "NoSuchKey": _MISSING,
-    "403": _DENIED,
-    "AccessDenied": _DENIED,
-    "NoSuchBucket": "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
-    "InvalidObjectState": "lies in an archive storage class; restore it first",
+_HINTS = {  # by the codes of S3's answers
+    ("PreconditionFailed", "412"): "has changed since it was listed: start again with the new data",
+    ("NoSuchKey", "404"): "there is no such key; check the flag that names it",
+    ("AccessDenied", "403"): "access denied; check the credentials and the bucket's policy",
+    ("NoSuchBucket",): "no such bucket; check its name, AWS_ENDPOINT_URL and the region",
+    ("InvalidObjectState",): "lies in an archive storage class; restore it first",
 }
-
-
-def explain(error):
-    """One line for an error of S3: what S3 or the network said, and what to do about it."""
-    if isinstance(error, BrokenOff):
-        return f"every attempt to read it broke off ({explain(error.args[0])}): start again"
-    if isinstance(error, S3UploadFailedError) and error.__context__:
-        return explain(error.__context__)
-    code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
-    if "Invalid bucket name" in str(error):
-        return "no bucket can have this name"
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return f"{one_line(error)}; {_ACCESS}"
-    return _HINTS.get(code) or one_line(error)
 
 
 @contextlib.contextmanager
 def s3_errors(bucket, key=""):
-    """Turn whatever boto3 raises into an InputError that names bucket and key."""
+    """Turn whatever boto3 raises into an InputError: bucket, key, what S3 said, and what to do."""
     try:
         yield
-    except (BotoCoreError, Boto3Error, ClientError, BrokenOff, OSError, ValueError) as error:
+    except (BotoCoreError, ClientError, OSError, ValueError) as error:
+        code = error.response["Error"].get("Code") if isinstance(error, ClientError) else None
+        said = next((hint for codes, hint in _HINTS.items() if code in codes), one_line(error))
+        if "Invalid bucket name" in str(error):
+            said = "no bucket can have this name"
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            said += "; run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         place = f"{bucket}/{one_line(key)}" if key else bucket
-        raise InputError(f"s3://{place}: {explain(error)}") from error
+        raise InputError(f"s3://{place}: {said}") from error

@@ -31,10 +31,11 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
     end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
     # What no image is written to takes no memory.
     images = [] if as_jpegs else np.empty((most.images, *size, 3), np.uint8)
-    names, left_out = [], []
+    names, left_out, rest = [], [], None
     for place, member in walk(tar, start, end):
         if len(names) == most.images or place - start >= most.bytes:
-            return _in_form(images, names, size), names, left_out, place
+            rest = place
+            break
         if member and member.isdir():
             continue
         try:
@@ -47,16 +48,14 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
             left_out.append((member.name if member else ITSELF, str(error)))
         else:
             names.append(member.name)
-    tar.seek(max(0, end - tarfile.BLOCKSIZE))
-    if any(tar.read()):
-        left_out.append((ITSELF, "cut: its end mark is missing"))
-    if not start and not names and all(name == ITSELF for name, _ in left_out):
-        left_out = [(ITSELF, "empty, or no tar")]
-    return _in_form(images, names, size), names, left_out, None
-
-
-def _in_form(images, names, size):
-    return Jpegs(images, size) if isinstance(images, list) else images[: len(names)]
+    else:
+        tar.seek(max(0, end - tarfile.BLOCKSIZE))
+        if any(tar.read()):
+            left_out.append((ITSELF, "cut: its end mark is missing"))
+        if not start and not names and all(name == ITSELF for name, _ in left_out):
+            left_out = [(ITSELF, "empty, or no tar")]
+    images = Jpegs(images, size) if as_jpegs else images[: len(names)]
+    return images, names, left_out, rest
 
 
 def _content(tar, place, member, end):
@@ -133,7 +132,7 @@ def _header_class(file):
             cls.last = file.tell() - len(block)
             try:
                 header = super().frombuf(block, encoding, errors)
-                extended = header.type in _EXTENDED
+                extended = header.type in (b"L", b"K", b"x", b"X", b"g")  # GNU's long names, PAX
                 cls._in_a_row = cls._in_a_row + 1 if extended else 0
                 too_long = extended and (header.size > MAX_HEADER or cls._in_a_row > MAX_HEADERS)
                 if header.size < 0 or too_long:
@@ -145,8 +144,3 @@ def _header_class(file):
                 raise
 
     return Header
-
-
-# Headers of more about the next member: GNU's of long names, those of PAX.
-_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_EXTENDED += (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)

@@ -22,25 +22,19 @@ def say(line):
     printed is thrown away.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    above = Bar.external_write_mode(sys.stdout) if is_there() else contextlib.nullcontext()
+    # The newline is part of the string: between two writes, another thread could print.
+    data = f"{line}\n".encode(encoding, "backslashreplace")
     try:
-        with above:
-            # The newline is part of the string: between two writes, another thread could print.
-            _write(f"{line}\n".encode(encoding, "backslashreplace"), encoding)
+        with Bar.external_write_mode(sys.stdout) if is_there() else contextlib.nullcontext():
+            if sys.stdout is not sys.__stdout__ or sys.stdout is None:
+                print(data.decode(encoding), end="", flush=True)
+                return
+            sys.stdout.flush()
+            while data:  # not through its buffer, which would keep what a full disk refuses, and cut it
+                data = data[os.write(sys.stdout.fileno(), data) :]
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
-
-
-def _write(data, encoding):
-    """Write to standard output itself: its buffer would keep what a full disk refuses, and cut it."""
-    if sys.stdout is not sys.__stdout__ or sys.stdout is None:
-        print(data.decode(encoding), end="", flush=True)
-        return
-    sys.stdout.flush()
-    written = 0
-    while written < len(data):
-        written += os.write(sys.stdout.fileno(), data[written:])
 
 
 def bar(**options):
