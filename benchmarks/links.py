@@ -92,10 +92,10 @@ def measure(megabytes, repeats):
     joining.join(driver.runtime_env(), None)
     helpers = Helpers(functions.Helper)
     others = [node["NodeID"] for node in nodes.head.nodes() if node["NodeID"] != helpers.here]
-    ray.get([helpers.on(node).fetch.remote([]) for node in others])
+    ray.get([helpers.on(node).fetch.remote([], []) for node in others])
     ways = {
         "passed on": lambda ref: [there for there in helpers.pass_on(ref, others).values() if there],
-        "all at once": lambda ref: [helpers.on(node).fetch.remote([ref]) for node in others],
+        "all at once": lambda ref: [helpers.on(node).fetch.remote([ref], []) for node in others],
     }
     seconds = {name: [] for name in ways}
     for repeat in range(repeats + 1):  # the first one warms up

@@ -157,11 +157,13 @@ class S3Folder:
         with self._errors(name):
             file = s3_resource().Object(self.bucket.name, self.prefix + name)
             file.put(Body=b"This may be deleted.")
-            if not only_puts:
-                self.names(name)
-                file.get()["Body"].read()
-            with contextlib.suppress(*[ClientError] * only_puts):
-                file.delete()
+            if only_puts:
+                with contextlib.suppress(ClientError):
+                    file.delete()
+                return
+            self.names(name)
+            file.get()["Body"].read()
+            file.delete()
 
     def names(self, start=""):
         """Names of the files, or of those whose name starts so."""
