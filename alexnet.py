@@ -159,7 +159,10 @@ class Momentum:
         return [self.weight_decay if len(shape) > 1 else 0 for shape in shapes]
 
     def clipped(self, rate, norm):
-        """The rate at which a gradient of this norm makes the step of the shortened one (SGD's)."""
+        """The rate at which a gradient of this norm makes the step of the shortened one.
+
+        A step of SGD is linear in the gradient. A rule that is not must shorten the gradient itself.
+        """
         return rate * self.clip_norm / norm if norm > self.clip_norm else rate
 
     def build(self, parameters, gradients, rate):
