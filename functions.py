@@ -242,7 +242,7 @@ def draw_minibatches(helpers, batches, count, seed, size, iteration):
         rng = generator(seed, "crop", iteration, index)
         images = rng.integers(0, batch.count, size)
         crops = rng.integers(0, [MARGIN + 1, MARGIN + 1, 2], (size, 3))
-        drawn.append(Drawn(helpers, "draw", batch, images, crops))
+        drawn.append(Drawn(helpers, batch, images, crops))
         drawn[-1].ref(helper)  # now, ahead of time
     return drawn
 
@@ -250,7 +250,7 @@ def draw_minibatches(helpers, batches, count, seed, size, iteration):
 def draw_centres(helpers, batch, chosen):
     """A Drawn mini-batch of the centre crops of chosen images [n] of a batch, for an accuracy."""
     crops = np.tile([MARGIN // 2, MARGIN // 2, 0], (len(chosen), 1))
-    return Drawn(helpers, "draw", batch, chosen, crops)
+    return Drawn(helpers, batch, chosen, crops)
 
 
 def draw_sample(helpers, batches, parts, seed, size, iteration):

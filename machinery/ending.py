@@ -96,7 +96,8 @@ def status(run):
         return 3
     except (InputError, ClusterError) as error:
         with contextlib.suppress(OSError, AttributeError):  # standard error may be closed, or full
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.flush()
         return 2
     return 0
 

@@ -14,17 +14,19 @@ START = 60  # seconds in which a helper has started
 
 
 class Drawn:
-    """A mini-batch that a helper's method draws of a batch. It can be drawn again, and is the same."""
+    """A mini-batch that a helper draws of a batch. It can be drawn again, and is the same."""
 
-    def __init__(self, helpers, method, batch, *arguments):
-        self._helpers, self._method, self._batch = helpers, method, batch
+    def __init__(self, helpers, batch, *arguments):
+        """Nothing is drawn yet; `arguments` are those of the helper's `draw` after the batch."""
+        self._helpers, self._batch = helpers, batch
         self._arguments, self._ref = arguments, None
 
     def ref(self, helper=None):
         """The reference of the mini-batch, which the first call has drawn: by `helper`, if given."""
         if self._ref is None:
-            draw = getattr(helper or self._helpers.holding([self._batch])[0], self._method)
-            self._ref = draw.remote([self._batch.images, self._batch.labels], *self._arguments)
+            helper = helper or self._helpers.holding([self._batch])[0]
+            refs = [self._batch.images, self._batch.labels]
+            self._ref = helper.draw.remote(refs, *self._arguments)
         return self._ref
 
     def let_go(self):

@@ -74,6 +74,8 @@ def write_errors(flag, place):
     """Turn what the disk and TensorFlow's writers raise into an InputError that names the flag."""
     try:
         yield
+    except BrokenPipeError:  # a line that nobody reads any more is said within
+        raise
     except (OSError, RuntimeError) as error:  # the latter: no such user's home
         raise InputError(f"{flag} {place}: {getattr(error, 'strerror', None) or error}") from error
     except tf.errors.OpError as error:
