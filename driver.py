@@ -196,7 +196,7 @@ def load(listed, stored):
     loaded = imagenet.load_tarfiles_from_s3(listed.source, listed.tars, stored=stored)
     # The label file's table goes into the object store once, for every `convert`.
     labels = imagenet.read_labels(listed.source, listed.label_file, NUM_CLASSES)
-    imagepairs = ray.put(functions.LabelTable(labels))
+    imagepairs = ray.put(functions.label_table(labels))
     etags = {tar.key: tar.etag for tar in listed.tars}
     fingerprints = {"tars": imagenet.digest(etags), "labels": imagenet.digest(labels)}
     return functions.Loading(listed, loaded, imagepairs, fingerprints)
@@ -284,7 +284,8 @@ def main(argv=None, report=None, actor=functions.Worker):
         constants.check(globals(), alexnet.are_layers)
         args.source = imagenet.source_of(args.s3_bucket)
         with joining.join(runtime_env(), actor, stop.held) as cluster:
-            tasks.limit(TASK_TIMEOUT)
+            tasks.limit(TASK_TIMEOUT, WORKER_WAIT)
+            nodes.places.first_look(functions.__name__)
             with results.Outcome(args, report, stop) as outcome:
                 nodes.head.when_silent = outcome.save
                 start = outcome.start()

@@ -14,7 +14,7 @@ import imagenet
 from machinery.cluster import tasks
 from machinery.cluster.adding import aligned_empty, sum_of_sets
 from machinery.cluster.helpers import Drawn
-from machinery.cluster.nodes import ACTOR, Actor, place
+from machinery.cluster.nodes import ACTOR, Actor
 from machinery.cluster.pool import Request
 from machinery.errors import InputError, one_line
 from machinery.storage.images import CROP_SIZE, IMAGE_SIZE, gathered
@@ -30,12 +30,12 @@ VALIDATION_PIECE = 200  # images of one validation request: small, so that all w
 VALIDATION_STEP = 50  # images of a validation request that go through the network at once
 NO_LABEL = -1
 
-# References to `count` images, uint8 [n, 256, 256, 3] or images.Jpegs of them, and to their labels
+# References to `count` images, uint8 [n, 256, 256, 3] or jpegs.Jpegs of them, and to their labels
 # int32 [n].
 Batch = namedtuple("Batch", "images labels count")
 
 # An imagenet.DataSet that is being loaded: an imagenet.Loaded for each tar, the reference of a
-# LabelTable, fingerprints of all tars and labels.
+# `label_table`, fingerprints of all tars and labels.
 Loading = namedtuple("Loading", "data loaded imagepairs fingerprints")
 
 # Crops of images uint8 [n, 224, 224, 3], labels int32 [n], and where each crop lies in its image: int
@@ -51,25 +51,23 @@ def generator(*key):
 # ---- labels
 
 
-class LabelTable:
-    """A dict of name -> label as two sorted arrays, which tasks read in the object store, uncopied.
+def label_table(labels):
+    """The dict of `imagenet.read_labels` as sorted hashes of its names and their labels, two arrays.
 
-    A name is there as 96 bits of its hash. Two of ImageNet's 1.28 million names have the same ones with
-    a probability of 1e-17.
+    Tasks read arrays in the object store, uncopied. A hash has 96 bits: two of ImageNet's 1.28 million
+    names have the same one with a probability of 1e-17.
     """
+    hashes, values = np.array([_hashed(name) for name in labels]), np.array([*labels.values()])
+    order = np.argsort(hashes)
+    return hashes[order], values[order]
 
-    def __init__(self, labels):
-        """Take the dict of `imagenet.read_labels`."""
-        hashes, values = np.array([_hashed(name) for name in labels]), np.array([*labels.values()])
-        order = np.argsort(hashes)
-        self._hashes, self._labels = hashes[order], values[order]
 
-    def get(self, name, default):
-        """The label of a name, or a default where the table has none."""
-        wanted = _hashed(name)
-        place = np.searchsorted(self._hashes, wanted)
-        found = place < len(self._hashes) and self._hashes[place] == wanted
-        return self._labels[place] if found else default
+def label_of(name, imagepairs, default):
+    """The label of a name, or a default where the table has none."""
+    hashes, labels = imagepairs
+    wanted = _hashed(name)
+    place = np.searchsorted(hashes, wanted)
+    return labels[place] if place < len(hashes) and hashes[place] == wanted else default
 
 
 def _hashed(name):
@@ -77,16 +75,16 @@ def _hashed(name):
 
 
 def convert(filenames, imagepairs):
-    """Labels int32 [n] of n file names, NO_LABEL where a LabelTable has none, and a small report.
+    """Labels int32 [n] of n file names, NO_LABEL where a `label_table` has none, and a small report.
 
     A file name is `directory/name`; the directory counts where the name alone has several labels. The
     report has `images` (labelled), `unlabelled` and `named` (the first few of those), and `doubtful`
     (the first few names whose directory has no label, while others have).
     """
     names = [filename.partition("/")[2] for filename in filenames]
-    labels = np.array([imagepairs.get(name, NO_LABEL) for name in names], np.int32)
+    labels = np.array([label_of(name, imagepairs, NO_LABEL) for name in names], np.int32)
     for number in np.flatnonzero(labels == imagenet.SEVERAL):
-        labels[number] = imagepairs.get(filenames[number], imagenet.SEVERAL)
+        labels[number] = label_of(filenames[number], imagepairs, imagenet.SEVERAL)
     missing = [name for name, label in zip(names, labels, strict=True) if label == NO_LABEL]
     report = {
         "images": len(filenames) - len(missing),
@@ -336,10 +334,6 @@ class Worker(Actor):
 
         self.network = alexnet.AlexNet(**network)
         self.iteration = None
-
-    def place(self):
-        """The nodes.Place that this worker has, once the network is built."""
-        return place()
 
     def update_weights(self, iteration, weightrefs, passed_on=()):
         """Load an iteration's weights, whose reference is in a list, unless they are loaded already.

@@ -11,7 +11,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
 import driver
-from machinery.cluster import joining, tasks
+from machinery.cluster import joining, nodes, tasks
 from tests import support
 
 import pytest
@@ -37,7 +37,8 @@ def one_ray(s3):
     os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
     settings = {"object_store_memory": 500 * 2**20, "_system_config": support.WARM}
     with joining.join(driver.runtime_env(), None, num_cpus=2, num_gpus=2, **settings):
-        tasks.limit(300)
+        tasks.limit(300, 300)
+        nodes.places.first_look("functions")
         yield ray.get_runtime_context().gcs_address
 
 

@@ -281,9 +281,6 @@ def noting_worker(folder, hits=()):
         def __init__(self, network):
             pass
 
-        def place(self):
-            return nodes.place()
-
         def update_weights(self, iteration, weightrefs, passed_on=()):
             note("update_weights", iteration, weightrefs)
 

@@ -5,7 +5,7 @@ import imagenet
 from functions import NO_LABEL, Batch
 from machinery.cluster import adding
 from machinery.cluster.helpers import Helpers
-from machinery.storage.images import Jpegs
+from machinery.storage.jpegs import Jpegs
 from machinery.storage.tars import PART
 from tests.support import draw_image, jpeg, make_tar
 
@@ -40,7 +40,7 @@ def put_batches(sizes, side=256, stored="pixels"):
 
 
 def test_convert_looks_names_up_and_reports_the_missing():
-    pairs = functions.LabelTable({"a.JPEG": 3, "b.JPEG": 0})
+    pairs = functions.label_table({"a.JPEG": 3, "b.JPEG": 0})
     labels, report = functions.convert(["x/b.JPEG", "x/c.JPEG", "x/a.JPEG"], pairs)
     assert labels.dtype == np.int32
     assert labels.tolist() == [0, NO_LABEL, 3]
@@ -50,7 +50,7 @@ def test_convert_looks_names_up_and_reports_the_missing():
 def test_a_name_in_two_directories_is_told_apart_by_the_directory_in_its_tar():
     """By the tar's own name where it has none: a tar of ImageNet is that of a class."""
     labels = imagenet.parse_labels(b"n1/x.JPEG 1\nn2/x.JPEG 2\nn3/y.JPEG 3", 10, "train.txt")
-    table = functions.LabelTable(labels)
+    table = functions.label_table(labels)
     paths = {
         "t.tar": ["./n2/x.JPEG", "n1\\x.JPEG", "n9/y.JPEG"],
         "n1.tar": ["x.JPEG"],
@@ -70,7 +70,7 @@ def test_a_name_in_two_directories_is_told_apart_by_the_directory_in_its_tar():
 
 def test_label_table_answers_as_the_dictionary_does():
     labels = {f"{'é' * (i % 7)}{i}": i for i in range(1000)}
-    table = functions.LabelTable(labels)
+    table = functions.label_table(labels)
     names = [*labels, "", "1000", "é", "\ufffd"]
     assert [table.get(name, -1) for name in names] == [labels.get(name, -1) for name in names]
 
@@ -86,7 +86,7 @@ def said(caplog):
 def test_match_drops_unlabelled_images_and_empty_batches(one_ray, said, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
     names = [["t/a", "t/b"], ["t/c", "t/x", "t/d"], ["t/y"], []]
-    pairs = ray.put(functions.LabelTable({"a": 0, "b": 1, "c": 2, "d": 3}))
+    pairs = ray.put(functions.label_table({"a": 0, "b": 1, "c": 2, "d": 3}))
     report = {"key": "a.tar", "images": 1, "left_out": 0, "named": [], "rest": None}
     loaded = [
         imagenet.Loaded(i, ray.put(some), ray.put(report), None)
@@ -114,7 +114,7 @@ def test_a_large_tar_is_several_batches(one_ray, s3, bucket, said, stored):
         s3.put_object(Bucket=bucket, Key=key, Body=make_tar(some))
     data = imagenet.find(imagenet.source_of(bucket), "", "train.txt")
     loaded = imagenet.load_tarfiles_from_s3(data.source, data.tars, [8, 8], stored)
-    pairs = ray.put(functions.LabelTable({name: i % 7 for i, name in enumerate([*names, "b.JPEG"])}))
+    pairs = ray.put(functions.label_table({name: i % 7 for i, name in enumerate([*names, "b.JPEG"])}))
     batches = functions.match(functions.Loading(data, loaded, pairs, {}))
     assert [batch.count for batch in batches] == [each, each, 3, 1]
     labels = np.concatenate(ray.get([batch.labels for batch in batches]))

@@ -5,11 +5,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import alexnet
 import functions
+from machinery.cluster.nodes import Place, is_fast_in_bfloat16
 from tests.fault_proxy import fault_proxy
 from tests.nodes import OWN_MOUNTS, Nodes, actor, actors, memory_monitor, use_memory_until
 from tests.support import (
@@ -141,32 +141,18 @@ can_mount = subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncod
 no_mounts = "this user may not mount a file for some processes"
 may_mount = pytest.mark.skipif(not can_mount, reason=no_mounts)
 
-# Says for each line of its input whether a CPU is fast in bfloat16 if /proc/cpuinfo is that line.
-ASKED = """
-import pathlib, subprocess, sys
-from machinery.cluster import nodes
-file = pathlib.Path(sys.argv[1])
-file.touch()
-subprocess.run(["mount", "--bind", file, "/proc/cpuinfo"], check=True)
-for line in sys.stdin:
-    file.write_text(line)
-    print(nodes.is_fast_in_bfloat16())
-"""
 
-
-@may_mount
-def test_a_cpu_that_hides_amx_is_not_fast_in_bfloat16(tmp_path):
+def test_a_cpu_that_hides_amx_is_not_fast_in_bfloat16():
     cpus = {
-        "AuthenticAMD fpu avx512_bf16": True,  # EPYC, of the fourth generation and the fifth
-        "AuthenticAMD fpu avx512_bf16 avx512_fp16": True,
-        "GenuineIntel fpu avx512_bf16": True,  # Cooper Lake
-        "GenuineIntel fpu avx512_bf16 avx512_fp16 amx_bf16": True,  # Sapphire Rapids
-        "GenuineIntel fpu avx512_bf16 avx512_fp16": False,  # the same behind a hypervisor
-        "GenuineIntel fpu avx512f": False,
+        "AuthenticAMD avx512_bf16": True,  # EPYC, of the fourth generation and the fifth
+        "AuthenticAMD avx512_bf16 avx512_fp16": True,
+        "GenuineIntel avx512_bf16": True,  # Cooper Lake
+        "GenuineIntel avx512_bf16 avx512_fp16 amx_bf16": True,  # Sapphire Rapids
+        "GenuineIntel avx512_bf16 avx512_fp16": False,  # the same behind a hypervisor
+        "GenuineIntel avx512f": False,
     }
-    command = [*OWN_MOUNTS, sys.executable, "-c", ASKED, tmp_path / "cpuinfo"]
-    said = subprocess.run(command, input="\n".join(cpus), capture_output=True, text=True, check=True)
-    assert said.stdout.split() == [str(fast) for fast in cpus.values()]
+    places = {flags: Place("", frozenset(flags.split()), "", "") for flags in cpus}
+    assert {flags: is_fast_in_bfloat16(place) for flags, place in places.items()} == cpus
 
 
 @may_mount
@@ -188,10 +174,72 @@ def test_cpus_of_several_models_and_a_late_one_without_bfloat16(head, photos, tm
             assert run.wait() == 0
     out = run.output()
     for line in (
-        r"CPUs of several models \(Abacus; Quipu\): two runs may differ in the last bits",
+        r"CPU is not the same on all nodes \(Abacus; Quipu\): two runs may differ in the last bits",
+        r"CPU instructions is not the same on all nodes \(amx_bf16; avx512_bf16\): .*",
         "2 workers; an iteration is 2 mini-batches of 2 images, in bfloat16, an epoch is 30 iterations",
         r"node \w{8} is left alone: its CPU has no instructions for bfloat16, in .*",
         r"worker \d is back: 2 of 2 are up",
     ):
         assert re.search(f"^{line}$", out, re.M), out
     assert_clean(out)
+
+
+# ---- nodes that come as a replacement
+
+
+@pytest.mark.parametrize("library", ["simplejpeg", "boto3"])
+def test_node_with_a_broken_library_is_left_alone(head, photos, undisturbed, tmp_path, library):
+    """It fails fastest, and so would get most of the tasks that read lost images again."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / f"{library}.py").write_text("raise OSError('libjpeg.so is not here')")
+    broken = {"env_vars": {"PYTHONPATH": str(tmp_path / "broken")}}
+    moments = [(3, "compute"), (9, "compute")]
+    settings = ["STORED='jpeg'"] if library == "simplejpeg" else []
+    settings += [f"NOTES='{tmp_path}'", f"PAUSES={moments}"]
+    head.add()
+    with train_elsewhere(photos, tmp_path / "saved", head.address, *settings) as run:
+        with run.paused(*moments[0]):
+            head.replace(**broken)
+        left_alone = head.others[0].node_id
+        run.wait_for("is left alone")
+        head.add()
+        with run.paused(*moments[1]):
+            head.kill(1)
+            head.add()
+        assert run.wait() == 0, run.output()
+    why = r"no task can run there \(OSError: libjpeg.so is not here\)"
+    assert re.search(rf"^node {left_alone[:8]} \([\d.]+\) is left alone: {why}$", run.output(), re.M)
+    assert_clean(run.output())
+    if library == "boto3":
+        assert checksums(tmp_path / "saved") == undisturbed
+    while head.others:
+        head.kill()
+
+
+def test_no_node_has_the_libraries(head, photos, tmp_path):
+    (tmp_path / "simplejpeg.py").write_text("raise ImportError('no simplejpeg')")
+    head.add_all([{"env_vars": {"PYTHONPATH": str(tmp_path)}}] * 2)
+    with train_elsewhere(photos, tmp_path / "saved", head.address) as run:
+        assert run.wait() == 2
+    line = r"error: no task can run on any of 2 nodes \(ImportError: no simplejpeg\): pip install .*"
+    assert re.search(f"^{line}$", run.output(), re.M), run.output()
+    while head.others:
+        head.kill()
+
+
+def test_nodes_with_less_memory_come_instead(head, photos, undisturbed, tmp_path):
+    """One that holds a task on data, and then one that is too small for any."""
+    moments = [(3, "compute"), (9, "compute")]
+    settings = [f"NOTES='{tmp_path}'", f"PAUSES={moments}", "WORKER_WAIT=60"]
+    head.add(memory=24 * 10**9)
+    with train_elsewhere(photos, tmp_path / "saved", head.address, *settings) as run:
+        with run.paused(*moments[0]):
+            head.replace(memory=10**9)
+        with run.paused(*moments[1]):
+            head.replace(memory=5 * 10**8)
+        assert run.wait() == 2, run.output()
+    lack = "a task needs 1.0 GB of memory, and no node gives Ray more than 0.5"
+    assert re.search(rf"^Iteration \d+ waits for images to be read again: {lack}$", run.output(), re.M)
+    assert re.search(rf"^error: Iteration \d+ waits for .*, in vain: {lack}$", run.output(), re.M)
+    while head.others:
+        head.kill()

@@ -285,7 +285,7 @@ def test_names_that_people_give_are_what_the_driver_reads(s3, bucket, one_ray, f
     assert run(folder, f"s3://{bucket}") == 0
     source = imagenet.source_of(bucket)
     for directory, label_file in ((TRAIN, "train.txt"), (VAL, "val.txt")):
-        table = functions.LabelTable(imagenet.read_labels(source, label_file, 1000))
+        table = functions.label_table(imagenet.read_labels(source, label_file, 1000))
         listed, found = imagenet.list_tars(source, f"{directory}/")[0], []
         for tar in imagenet.load_tarfiles_from_s3(source, listed, [8, 8]):
             names = ray.get(tar.filenames)

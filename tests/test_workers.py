@@ -21,7 +21,8 @@ NETWORK = {"layers": THIN, "num_classes": 10}
 
 
 def test_precision_is_bfloat16_where_every_cpu_is_faster_in_it(one_ray):
-    fast = "bfloat16" if nodes.is_fast_in_bfloat16() else "float32"
+    [place] = nodes.places.known.values()
+    fast = "bfloat16" if nodes.is_fast_in_bfloat16(place) else "float32"
     assert nodes.fastest_precision(1, 0) == fast
     assert nodes.fastest_precision(1, 1) == "float32"
 
@@ -131,7 +132,7 @@ def test_workers_do_not_outlive_a_run(one_ray):
         pass
     [handle] = actor.handles
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(handle.place.remote(), timeout=60)
+        ray.get(handle.seconds_at_work.remote(), timeout=60)
 
 
 def test_a_run_begins_with_the_workers_that_find_room(one_ray, tmp_path, caplog):

@@ -44,7 +44,7 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
     modules to every node, and nothing else. Ray can crash if its start is interrupted: it is within a
     `held()`. `start_options` are for a cluster that it starts.
     """
-    nodes.head = nodes.Head()
+    nodes.head, nodes.places = nodes.Head(), nodes.Places()
     nodes.modules.clear()
     if ray.is_initialized():
         if not {"py_modules", "working_dir"}.intersection(ray.get_runtime_context().runtime_env):

@@ -1,17 +1,20 @@
 """The nodes of the cluster: which are alive, what they have room for, and how their CPUs compute."""
 
 import contextlib
+import importlib
 import logging
 import math
+import os
 import platform
 import re
 import socket
 import threading
 import time
 from collections import Counter, namedtuple
+from importlib import metadata
 from pathlib import Path
 
-from machinery.errors import ClusterError
+from machinery.errors import ClusterError, one_line
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -25,6 +28,7 @@ BETWEEN_LOOKS = 5  # seconds between two questions to the head, while the run wa
 FAILURES_IN_A_ROW = 3  # of workers on one node, before it is left alone
 RETRY_START = 2  # seconds after which a worker is started again where one failed; longer each time
 LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
+WORKER_MEMORY = 10**9  # bytes of a worker: TensorFlow, its weights, a mini-batch (README.md)
 
 # Ray's options by which tasks and actors find the project's modules. They need none where the job has
 # these; joining.py sets them where a program has called `ray.init` before.
@@ -50,6 +54,7 @@ class Head:
         """Ask it now and then, and never wait. ClusterError if it is gone."""
         if time.monotonic() > self._since + BETWEEN_LOOKS:
             self._ask()
+            places.look(self._nodes or [])
         self._judge()
 
     def nodes(self):
@@ -117,30 +122,29 @@ def first_line(error):
     return lines[-1 if 'File "' in str(error) else 0][:200]
 
 
-# ---- CPUs
+# ---- what each node is
 
-# Where an actor is: the model of its CPU, on which the last bits of a result depend, and whether that
-# has instructions for bfloat16.
-Place = namedtuple("Place", "cpu bfloat16")
+# The model of a node's CPUs, their instructions (a set of words) and the version of TensorFlow there:
+# the last bits of a result depend on these. `lacks` says why no task of this program can run there, or
+# is empty.
+Place = namedtuple("Place", "cpu instructions tensorflow lacks")
+
+INSTRUCTIONS = re.compile(r"GenuineIntel|(avx|amx|fma|f16c|sse4|asimd|sve|bf16|i8mm)\w*")
 
 
-def place():
-    """The Place of the actor that calls this."""
-    text, names = cpuinfo(), ("model name", "cpu family", "model")
+@ray.remote(num_cpus=0)
+def look_around(module):
+    """The Place of the node that this runs on. `module` imports all libraries that tasks need."""
+    text, tensorflow, lacks = cpuinfo(), "", ""
+    names = "model name", "cpu family", "model", "CPU implementer", "CPU part"
     fields = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in names]
     model = " / ".join(field[1] for field in fields if field) or platform.processor()
-    return Place(model, not {"avx512_bf16", "amx_bf16"}.isdisjoint(text.split()))
-
-
-def is_fast_in_bfloat16():
-    """Whether the CPU of the node that this runs on multiplies bfloat16 faster than float32.
-
-    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 did half as
-    much a second as float32 on the one that was measured (benchmarks/README.md).
-    """
-    words = set(cpuinfo().split())
-    made_for_amx = words >= {"GenuineIntel", "avx512_fp16"}
-    return "amx_bf16" in words or ("avx512_bf16" in words and not made_for_amx)
+    try:
+        importlib.import_module(module)
+        tensorflow = metadata.version("tensorflow")
+    except Exception as error:  # a broken library can raise anything
+        lacks = one_line(f"{type(error).__name__}: {error}")[:200]
+    return Place(model, frozenset(filter(INSTRUCTIONS.fullmatch, text.split())), tensorflow, lacks)
 
 
 def cpuinfo():
@@ -149,30 +153,123 @@ def cpuinfo():
     return path.read_text() if path.exists() else ""
 
 
+def has_bfloat16(place):
+    """Whether a Place has instructions for bfloat16: without them, a step takes minutes."""
+    return not place.instructions.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def is_fast_in_bfloat16(place):
+    """Whether the CPUs of a Place multiply bfloat16 faster than float32.
+
+    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 did half as
+    much a second as float32 on the one that was measured (benchmarks/README.md).
+    """
+    made_for_amx = place.instructions >= {"GenuineIntel", "avx512_fp16"}
+    known = place.instructions & {"amx_bf16", "avx512_bf16"}
+    return "amx_bf16" in known or (bool(known) and not made_for_amx)
+
+
+@ray.remote
+class Guard:
+    """Takes all CPUs of a node that is left alone, so that Ray starts no other task there."""
+
+
+class Places:
+    """What the nodes are: each one is asked once. Those that lack what tasks need are left alone.
+
+    Such a node has a Guard. A task that was there before waits for it, see `leave`.
+    """
+
+    def __init__(self):
+        """Ask nobody yet."""
+        self._module, self._asked, self._guards = "ray", {}, []
+        self.known = {}  # node id -> Place
+
+    def look(self, there, timeout=0):
+        """Ask those of the nodes that are there and new, and take in what comes within `timeout`."""
+        there = {node["NodeID"]: node for node in there if node["Resources"].get("CPU")}
+        for node in there.keys() - self._asked.keys():
+            self._asked[node] = look_around.options(**on_node(node)).remote(self._module)
+        asked = {self._asked[node]: node for node in there.keys() - self.known.keys()}
+        for ref in ray.wait([*asked], num_returns=len(asked), timeout=timeout)[0] if asked else []:
+            node = asked[ref]
+            try:
+                place = ray.get(ref)
+            except RayError as error:  # its process has ended, or the node
+                if not lives(node):
+                    continue
+                place = Place("", frozenset(), "", first_line(error))
+            self.known[node] = place
+            if place.lacks:
+                say(f"{self._named(there[node])} is left alone: no task can run there ({place.lacks})")
+                cpus, name = there[node]["Resources"]["CPU"], f"guard of {node}"
+                guard = Guard.options(num_cpus=cpus, name=name, **on_node(node))
+                self._guards.append(guard.remote())
+
+    def usable(self):
+        """The nodes on which tasks and workers of this program can run, as Ray describes them."""
+        there = head.nodes()
+        self.look(there)
+        known = [(node, self.known.get(node["NodeID"])) for node in there]
+        return [node for node, place in known if place and not place.lacks]
+
+    def first_look(self, module):
+        """Wait for what the nodes say, each of which imports a module that imports all that tasks need.
+
+        ClusterError if tasks can run on none of them.
+        """
+        self._module, there = module, head.nodes()
+        self.look(there, timeout=3 * ANSWER)
+        lacks = [self.known[node["NodeID"]].lacks for node in there if node["NodeID"] in self.known]
+        if lacks and all(lacks):
+            hint = "pip install -r requirements.txt there, with the Python that runs Ray"
+            raise ClusterError(f"no task can run on any of {len(lacks)} nodes ({lacks[0]}): {hint}")
+
+    def _named(self, node):
+        return f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
+
+
+places = Places()  # of the cluster that this process is on
+
+
+def leave():
+    """End this process once its node is left alone: then Ray runs the task on another one.
+
+    Ray lets go of the CPUs of a task that waits, and so the Guard finds all of them free.
+    """
+    name = f"guard of {ray.get_runtime_context().get_node_id()}"
+    while True:
+        with contextlib.suppress(ValueError):  # the driver has not noticed yet
+            ray.get(ray.get_actor(name).__ray_ready__.remote())
+            os._exit(1)
+        time.sleep(1)
+
+
 def fastest_precision(cpus, gpus):
     """The precision for workers of so many CPUs and GPUs, "bfloat16" or "float32".
 
     bfloat16 where the CPU of every node that has room for a worker is faster in it; on GPUs, float32.
     """
-    if gpus:
-        return "float32"
-    room, task = room_for_workers(cpus, gpus), ray.remote(num_cpus=0)(is_fast_in_bfloat16)
-    asked = [task.options(**on_node(node)).remote() for node, number in room.items() if number]
-    fast = []
-    for ref in asked:
-        with contextlib.suppress(RayError):  # the node is gone
-            fast.append(ray.get(ref, timeout=3 * ANSWER))
-    return "bfloat16" if any(fast) and False not in fast else "float32"
+    there = [places.known[node] for node, number in room_for_workers(cpus, gpus).items() if number]
+    fast = there and not gpus and all(map(is_fast_in_bfloat16, there))
+    return "bfloat16" if fast else "float32"
 
 
 # ---- room
 
 
 def room_for_workers(cpus, gpus):
-    """How many workers of so many CPUs and GPUs each node holds in all: a dict of node id -> number."""
-    share = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    there = {node["NodeID"]: node["Resources"] for node in head.nodes()}
-    return {node: int(min(there[node].get(kind, 0) // share[kind] for kind in share)) for node in there}
+    """How many workers of so many CPUs and GPUs each node holds in all: a dict of node id -> number.
+
+    Memory counts, too: the host of a small container may have many CPUs.
+    """
+    room = {}
+    for node in places.usable():
+        has = node["Resources"]
+        in_memory = max(1, has.get("memory", math.inf) // WORKER_MEMORY)
+        on_gpus = has.get("GPU", 0) // gpus if gpus else math.inf
+        room[node["NodeID"]] = int(min(has.get("CPU", 0) // cpus, on_gpus, in_memory))
+    return room
 
 
 def room_for_images(mini_batches, one_set, batch):
@@ -181,8 +278,9 @@ def room_for_images(mini_batches, one_set, batch):
     That is gradients, a node's sum and weights of two iterations, sets of so many bytes each, and what
     data tasks make: two tasks a CPU, two batches of so many bytes each.
     """
-    cpus, store = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "object_store_memory"))
-    sets = mini_batches + 3 * len(head.nodes())
+    there = [node["Resources"] for node in head.nodes()]
+    cpus, store = (sum(has.get(kind, 0) for has in there) for kind in ("CPU", "object_store_memory"))
+    sets = mini_batches + 3 * len(there)
     return int(0.8 * store - sets * one_set - 4 * cpus * batch)  # Ray spills a store that is fuller
 
 
@@ -191,17 +289,27 @@ class Room:
 
     A node on which workers start in vain, or crash, is tried again after a while, and is left alone
     after FAILURES_IN_A_ROW failures, or where memory was short. `share` has the `cpus` and `gpus` of a
-    worker; `here` is the id of the driver's node.
+    worker; `here` is the id of the driver's node. If workers compute in bfloat16, and the CPUs of the
+    first nodes all have instructions for it, then nodes without them are left alone.
     """
 
-    def __init__(self, share, here):
+    def __init__(self, share, here, precision):
         self._share, self._here = share, here
+        self._in_bfloat16 = None if precision == "bfloat16" else False  # None: not known yet
         self._failures, self._next_try = Counter(), Counter()  # node -> failures in a row; a moment
         self.why = ""  # why the last worker that failed has failed
 
     def places(self, there):
         """Yield nodes for more workers; `there` is a Counter of the nodes of all others."""
         room, now = room_for_workers(**self._share), time.monotonic()
+        without = [node for node in room if room[node] and not has_bfloat16(places.known[node])]
+        if self._in_bfloat16 is None and any(room.values()):
+            self._in_bfloat16 = not without
+        for node in without if self._in_bfloat16 else []:
+            if self._next_try[node] != math.inf:
+                why = "its CPU has no instructions for bfloat16, in which this run computes"
+                say(f"node {node[:8]} is left alone: {why}")
+                self._failures[node], self._next_try[node] = FAILURES_IN_A_ROW, math.inf
         left = {node: room[node] - there[node] for node in room if self._next_try[node] <= now}
         while max(left.values(), default=0) > 0:
             node = max(left, key=lambda node: (left[node], node == self._here))
@@ -220,10 +328,6 @@ class Room:
     def worked(self, node):
         """A worker on a node has done its work."""
         self._failures.pop(node, None)
-
-    def leave(self, node):
-        """No worker can ever start on a node."""
-        self._failures[node], self._next_try[node] = FAILURES_IN_A_ROW, math.inf
 
     def given_up(self):
         """Whether workers have failed too often on every node that has room for one."""

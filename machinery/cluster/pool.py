@@ -5,24 +5,22 @@ import logging
 import math
 import time
 from collections import Counter, deque, namedtuple
-from importlib.metadata import version
 from types import SimpleNamespace
 
 from machinery.cluster import nodes
 from machinery.cluster.adding import aligned_empty, all_finite, mean_of
 from machinery.cluster.helpers import Helpers
 from machinery.cluster.nodes import first_line, lives
-from machinery.cluster.tasks import CPU_SLICE, Waiting
+from machinery.cluster.tasks import Waiting
 from machinery.errors import ClusterError, InputError
 
 import numpy as np
 import ray
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 say = logging.getLogger("driver").info
 
-SLICES_LEFT_FREE = 2  # of the CPUs that a worker uses, for data tasks beside it
+LEFT_FREE = 0.1  # of the CPUs that a worker uses, for ten data tasks beside it
 CRASHES = 3  # of workers with one request, after which it is given up
 
 # What a pool is for: `count` workers, each with the `cpus` and `gpus` of `share`, and an AlexNet of the
@@ -37,9 +35,13 @@ Request = namedtuple("Request", "method drawn refs arguments returns", defaults=
 # The last value of a request, the worker and the node that it is from, references of the values before.
 Result = namedtuple("Result", "value worker node refs")
 
-# A worker: the handle of its actor, and its node. It starts until a deadline, and is up once it has a
-# nodes.Place.
-Member = namedtuple("Member", "number actor node deadline place", defaults=(None,))
+# A worker: the handle of its actor, and its node. It starts until a deadline.
+Member = namedtuple("Member", "number actor node deadline")
+
+
+@ray.remote
+def nothing():
+    """What waits for room on nodes that an autoscaler may add."""
 
 
 class Pool:
@@ -53,14 +55,13 @@ class Pool:
     def __init__(self, setup, actor, helper):
         """Start workers, of the class `actor`. ClusterError if there is no room, and can be none."""
         self.count, self.helpers = setup.count, Helpers(helper)
-        self._setup, self._actor, self._asked = setup, actor, False
-        self._room = nodes.Room(setup.share, self.helpers.here)
+        self._setup, self._actor, self._demand = setup, actor, []
+        self._room = nodes.Room(setup.share, self.helpers.here, setup.network["precision"])
         self._weights = None  # iteration, reference of its weights
         self._requests, self._results = [], []  # those of this iteration's gradients
         self._means = []  # arrays of the mean gradients
         self._up = {}  # number -> Member
-        self._starting = {}  # reference of its Place, once the worker is up -> Member
-        self._in_bfloat16 = False  # a worker whose CPU has no instructions for it would take minutes
+        self._starting = {}  # reference that resolves once the worker is up -> Member
         if shortage := self._shortage():
             if not setup.can_grow:
                 raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
@@ -74,8 +75,8 @@ class Pool:
         """End all workers, those that still start too: Ray would keep these, on a shared cluster."""
         for worker in [*self._up.values(), *self._starting.values()]:
             ray.kill(worker.actor)
-        if self._asked:
-            request_resources(bundles=[])
+        for waiting in self._demand:
+            ray.cancel(waiting)
 
     @property
     def iteration(self):
@@ -92,10 +93,16 @@ class Pool:
         return f"{asked}, the cluster has room for {room}" if room < self.count else ""
 
     def _ask_for_nodes(self):
-        """Tell an autoscaler what the workers need: they start only on nodes that are there."""
-        bundle = {"CPU": self._setup.share["cpus"], "GPU": self._setup.share["gpus"]}
-        request_resources(bundles=[{kind: n for kind, n in bundle.items() if n}] * self.count)
-        self._asked = True
+        """Have tasks wait for the room that workers miss: an autoscaler adds nodes for them.
+
+        They do nothing, and end with this job, also if it is killed.
+        """
+        if self._demand:
+            _, self._demand = ray.wait(self._demand, num_returns=len(self._demand), timeout=0)
+        missing = self.count - sum(nodes.room_for_workers(**self._setup.share).values())
+        share = {"num_cpus": self._setup.share["cpus"], "num_gpus": self._setup.share["gpus"]}
+        for _ in range(missing - len(self._demand)):
+            self._demand.append(nothing.options(**share).remote())
 
     def _admit(self, timeout):
         """Start what is missing and has room; take in what is up, or will be in `timeout` seconds."""
@@ -104,12 +111,12 @@ class Pool:
         there = Counter(worker.node for worker in workers)
         for number, node in zip(missing, self._room.places(there), strict=False):
             actor = self._actor.options(
-                num_cpus=self._setup.share["cpus"] - SLICES_LEFT_FREE * CPU_SLICE,
+                num_cpus=self._setup.share["cpus"] - LEFT_FREE,
                 num_gpus=self._setup.share["gpus"],
                 **nodes.on_node(node),
             ).remote(self._setup.network)
             deadline = time.monotonic() + self._setup.patience
-            self._starting[actor.place.remote()] = Member(number, actor, node, deadline)
+            self._starting[actor.seconds_at_work.remote()] = Member(number, actor, node, deadline)
         if not self._starting:
             time.sleep(timeout)
         done, _ = ray.wait(list(self._starting), timeout=timeout)
@@ -117,23 +124,15 @@ class Pool:
         for ref in {*done, *late}:
             start = self._starting.pop(ref)
             try:
-                self._take_in(start, ray.get(ref, timeout=0))
+                ray.get(ref, timeout=0)
+                self._up[start.number] = start
+                if self._weights:
+                    say(f"worker {start.number} is back: {len(self._up)} of {self.count} are up")
             except RayError as error:
                 ray.kill(start.actor)
                 if lives(start.node):  # it is the start that has failed, not the node
                     late_start = f"not up in {self._setup.patience} s"
                     self._room.failed(start.node, first_line(error) if ref in done else late_start)
-
-    def _take_in(self, start, place):
-        if self._in_bfloat16 and not place.bfloat16:
-            ray.kill(start.actor)
-            self._room.leave(start.node)
-            why = "its CPU has no instructions for bfloat16, in which this run computes"
-            say(f"node {start.node[:8]} is left alone: {why}")
-            return
-        self._up[start.number] = start._replace(place=place)
-        if self._weights:
-            say(f"worker {start.number} is back: {len(self._up)} of {self.count} are up")
 
     def _wait_for_one(self):
         """Start what is missing, and wait until a worker is up; ClusterError if none can be."""
@@ -168,9 +167,9 @@ class Pool:
                 raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
             if shortage and not announced:
                 say(f"{shortage}: waiting up to {patience} s for more nodes")
-                if self._setup.can_grow:
-                    self._ask_for_nodes()
                 announced = True
+            if shortage and self._setup.can_grow:
+                self._ask_for_nodes()
             goes_on = late or (not shortage and self._room.why and not self._starting and self._up)
             if goes_on or self._room.given_up():
                 self._wait_for_one()
@@ -179,15 +178,20 @@ class Pool:
                 up = f"{len(self._up)} of {self.count} workers are up"
                 say(f"only {up}: the run goes on with them ({why})")
                 break
-        in_bfloat16 = self._setup.network["precision"] == "bfloat16"
-        self._in_bfloat16 = in_bfloat16 and all(m.place.bfloat16 for m in self._up.values())
 
     def machine(self):
         """What the last bits of a result depend on: a dict of texts."""
-        cpus = "; ".join(sorted({member.place.cpu for member in self._up.values()}))
-        if ";" in cpus:
-            say(f"CPUs of several models ({cpus}): two runs may differ in the last bits")
-        return {"CPU": cpus, "TensorFlow": version("tensorflow")}
+        there = [nodes.places.known[member.node] for member in self._up.values()]
+        instructions = [" ".join(sorted(place.instructions)) for place in there]
+        tensorflow = [place.tensorflow for place in there]
+        machine = {"CPU": [place.cpu for place in there], "CPU instructions": instructions}
+        machine |= {"TensorFlow": tensorflow}
+        machine = {what: "; ".join(sorted(set(values))) for what, values in machine.items()}
+        for what, values in machine.items():
+            if ";" in values:
+                said = f"{what} is not the same on all nodes ({values})"
+                say(f"{said}: two runs may differ in the last bits")
+        return machine
 
     def _lose(self, members, what):
         """Let workers go, and say what is lost: others start in their place."""

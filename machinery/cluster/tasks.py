@@ -9,32 +9,29 @@ import time
 from pathlib import Path
 
 from machinery.cluster import nodes
-from machinery.errors import InputError
+from machinery.errors import ClusterError, InputError
 
 import ray
+from ray import cloudpickle
 
 say = logging.getLogger("driver").info
 
-# An actor holds its CPUs for life. A worker asks for two slices less than it uses, and a data task asks
-# for one slice, so that data tasks always find room beside workers: to rebuild a lost block, too.
-CPU_SLICE = 0.05
+# An actor holds its CPUs for life. A worker leaves a tenth of one free, and a data task asks for a
+# hundredth, so that data tasks always find room beside workers: to rebuild a lost block, too.
+CPU_SLICE = 0.01
 TASK_MEMORY = 10**9  # bytes of a data task: two batches of tars.PART.images as pixels, and Python
 MAX_STARTS = 5  # of a task on one node, in each of which it has ended its process
 LONGEST = 10**8  # seconds, three years, that the standard library can count down from
 PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
 TICK = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
 
-_limits = {"seconds": math.inf, "options": {}}  # of each task, see `limit`
+OPTIONS = {"max_retries": -1, "memory": TASK_MEMORY, "num_cpus": CPU_SLICE}
+_limits = {"task": math.inf, "wait": math.inf}  # seconds, see `limit`
 
 
-def limit(seconds):
-    """From here on, a task may take so many seconds, and two run on a CPU at most."""
-    there = [node["Resources"] for node in nodes.head.nodes()]
-    sizes = [(node["memory"], node["CPU"]) for node in there if node.get("CPU") and node.get("memory")]
-    sizes = sizes or [(2 * TASK_MEMORY, 1)]  # no such node is there yet
-    share, largest = min(memory / cpus / 2 for memory, cpus in sizes), max(sizes)[0]
-    _limits["options"] = {"memory": int(min(max(TASK_MEMORY, share), largest)), "num_cpus": CPU_SLICE}
-    _limits["seconds"] = seconds
+def limit(task, wait):
+    """From here on, a task may take so many seconds; a wait for a node that can run it so many."""
+    _limits.update(task=task, wait=wait)
 
 
 def start(function, *arguments, name=None, **options):
@@ -44,15 +41,20 @@ def start(function, *arguments, name=None, **options):
     happens: no bound of Ray's tells these from a task that itself ends its process, see `run`. `name`
     names the task, if the function's name does not say enough; `options` are more of Ray's.
     """
+    refs = {n: value for n, value in enumerate(arguments) if isinstance(value, ray.ObjectRef)}
+    values = [None if n in refs else value for n, value in enumerate(arguments)]
     name = name or function.__name__
-    options = {"name": name, "max_retries": -1} | _limits["options"] | nodes.modules | options
-    return run.options(**options).remote(name, _limits["seconds"], function, *arguments)
+    call = cloudpickle.dumps((function, values, [*refs]))
+    options = {"name": name} | OPTIONS | nodes.modules | options
+    return run.options(**options).remote(name, _limits["task"], call, *refs.values())
 
 
 @ray.remote
-def run(name, seconds, function, *arguments):
+def run(name, seconds, call, *objects):
     """What a task does: it calls a function, and ends its process if that takes too long.
 
+    `call` is a pickle of the function, its arguments, and the places of `objects` among these.
+    Ray itself does not run a task again that it cannot unpickle, as on a node without our libraries.
     The stack is in the node's log then. InputError if the task has ended MAX_STARTS processes here.
     """
     context = ray.get_runtime_context()
@@ -66,7 +68,13 @@ def run(name, seconds, function, *arguments):
         if before >= MAX_STARTS:
             why = "too little memory, data on which it crashes, or too slow a node"
             raise InputError(f"{name}: this task has ended {before} processes ({why})")
-        return function(*arguments)
+        try:
+            function, values, places = cloudpickle.loads(call)
+        except Exception:  # a broken library can raise anything
+            nodes.leave()
+        for place, value in zip(places, objects, strict=True):
+            values[place] = value
+        return function(*values)
     finally:
         faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):
@@ -89,8 +97,12 @@ class Waiting:
             self._since = self._said = now
         elif now > self._said + PATIENCE:
             self._said = now
-            late = f", for {now - self._since:.0f} s" if now > self._since + _limits["seconds"] else ""
-            say(f"{self._what()}{late}")
+            since = now - self._since
+            late = f", for {since:.0f} s" if since > _limits["task"] else ""
+            lacking = lacking_for_tasks()
+            if lacking and since > _limits["wait"]:
+                raise ClusterError(f"{self._what()}, in vain: {lacking}")
+            say(f"{self._what()}{late}{lacking and ': '}{lacking}")
         nodes.head.look()
         return done
 
@@ -99,6 +111,15 @@ class Waiting:
         stalls = time.monotonic() - self._since > (self._stalls + 1) * seconds
         self._stalls += stalls
         return stalls
+
+
+def lacking_for_tasks():
+    """What is missing if no node can run a task on data; empty if one can."""
+    there = [node["Resources"].get("memory", 0) for node in nodes.places.usable()]
+    if there and max(there) < TASK_MEMORY:
+        least, most = TASK_MEMORY / 1e9, max(there) / 1e9
+        return f"a task needs {least:.1f} GB of memory, and no node gives Ray more than {most:.1f}"
+    return "" if there else "there is no node on which a task can run"
 
 
 def wait(refs, what):

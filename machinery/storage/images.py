@@ -4,6 +4,7 @@ import io
 import re
 
 from machinery.errors import ImageError, one_line
+from machinery.storage.jpegs import Jpegs
 
 import cv2
 import numpy as np
@@ -33,34 +34,6 @@ def kind_of(data):
     if _SIGNATURES.match(data):
         return "image"
     return "tar" if data[257:262] == b"ustar" else "other"
-
-
-class Jpegs:
-    """n images uint8 [height, width, 3] RGB as JPEGs: an eighth of the memory of their pixels.
-
-    They read like the array of their pixels: `shape`, `len`, and an image by its number.
-    """
-
-    def __init__(self, jpegs, size):
-        """Take a list of JPEGs (bytes or uint8 arrays) of images of a size [height, width]."""
-        self._data = np.concatenate([np.frombuffer(jpeg, np.uint8) for jpeg in [b"", *jpegs]])
-        self._ends = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=int)
-        self._size = tuple(size)
-
-    @property
-    def shape(self):
-        """(n, height, width, 3)."""
-        return (len(self), *self._size, 3)
-
-    def __len__(self):
-        return len(self._ends)
-
-    def __getitem__(self, number):
-        return simplejpeg.decode_jpeg(self.jpeg(number), "RGB")
-
-    def jpeg(self, number):
-        """An image as it is stored: a view, uint8 [bytes]."""
-        return self._data[self._ends[number - 1] if number else 0 : self._ends[number]]
 
 
 def gathered(sources, chosen):

@@ -5,7 +5,8 @@ import tarfile
 from collections import namedtuple
 
 from machinery.errors import ImageError
-from machinery.storage.images import MAX_BYTES, Jpegs, decode_image, kind_of, small_jpeg
+from machinery.storage.images import MAX_BYTES, decode_image, kind_of, small_jpeg
+from machinery.storage.jpegs import Jpegs
 
 import numpy as np
 
