@@ -72,7 +72,9 @@ def test_label_table_answers_as_the_dictionary_does():
     labels = {f"{'é' * (i % 7)}{i}": i for i in range(1000)}
     table = functions.label_table(labels)
     names = [*labels, "", "1000", "é", "\ufffd"]
-    assert [table.get(name, -1) for name in names] == [labels.get(name, -1) for name in names]
+    assert [functions.label_of(name, table, -1) for name in names] == [
+        labels.get(name, -1) for name in names
+    ]
 
 
 @pytest.fixture

@@ -32,6 +32,27 @@ def test_room_counts_whole_workers_a_node(one_ray):
     assert {share: sum(nodes.room_for_workers(*share).values()) for share in room} == room
 
 
+def test_room_counts_memory(monkeypatch, caplog):
+    """As in a container of 16 GB on a host of 64 CPUs: Ray takes 70% of its memory for tasks."""
+    caplog.set_level("INFO", "driver")
+    has = {
+        "small": {"CPU": 64, "memory": 11.2e9},
+        "large": {"CPU": 4, "memory": 1e11},
+        "tiny": {"CPU": 2},
+    }
+    has["tiny"]["memory"] = 5e8
+    there = [{"NodeID": name, "Resources": resources} for name, resources in has.items()]
+    monkeypatch.setattr(nodes.Places, "usable", lambda self: there)
+    monkeypatch.setattr(nodes, "places", nodes.Places())
+    for _ in range(2):
+        assert nodes.room_for_workers(1, 0) == {"small": 11, "large": 4, "tiny": 1}
+    use = "a larger CPUS_PER_WORKER uses them"
+    assert caplog.messages == [
+        f"node small has memory for 11 workers only, its CPUs are for 64; {use}",
+        f"node tiny has memory for 1 workers only, its CPUs are for 2; {use}",
+    ]
+
+
 def test_more_workers_than_this_machine_holds(one_ray):
     with pytest.raises(ClusterError) as caught:
         pool_of(2, cpus=3)
@@ -178,7 +199,7 @@ def minibatch(rng, count=20):
 def test_each_worker_is_a_process_beside_which_tasks_find_room(pool):
     assert pool.count == 2 and len(workers_of(psutil.Process().pid)) == 2
     # They hold both CPUs.
-    labels, _ = tasks.start(functions.convert, ["t/a"], {"a": 1}, num_returns=2)
+    labels, _ = tasks.start(functions.convert, ["t/a"], functions.label_table({"a": 1}), num_returns=2)
     assert ray.get(labels, timeout=30).tolist() == [1]
 
 

@@ -184,6 +184,7 @@ class Places:
         """Ask nobody yet."""
         self._module, self._asked, self._guards = "ray", {}, []
         self.known = {}  # node id -> Place
+        self.short_of_memory = set()  # ids of nodes of which it was said
 
     def look(self, there, timeout=0):
         """Ask those of the nodes that are there and new, and take in what comes within `timeout`."""
@@ -235,10 +236,14 @@ places = Places()  # of the cluster that this process is on
 def leave():
     """End this process once its node is left alone: then Ray runs the task on another one.
 
-    Ray lets go of the CPUs of a task that waits, and so the Guard finds all of them free.
+    Ray lets go of the CPUs of a task that waits, and so the Guard finds all of them free. Returns if
+    the driver does not leave the node alone.
     """
-    name = f"guard of {ray.get_runtime_context().get_node_id()}"
-    while True:
+    name, deadline = (
+        f"guard of {ray.get_runtime_context().get_node_id()}",
+        time.monotonic() + 3 * ANSWER,
+    )
+    while time.monotonic() < deadline:
         with contextlib.suppress(ValueError):  # the driver has not noticed yet
             ray.get(ray.get_actor(name).__ray_ready__.remote())
             os._exit(1)
@@ -265,10 +270,15 @@ def room_for_workers(cpus, gpus):
     """
     room = {}
     for node in places.usable():
-        has = node["Resources"]
+        name, has = node["NodeID"], node["Resources"]
         in_memory = max(1, has.get("memory", math.inf) // WORKER_MEMORY)
         on_gpus = has.get("GPU", 0) // gpus if gpus else math.inf
-        room[node["NodeID"]] = int(min(has.get("CPU", 0) // cpus, on_gpus, in_memory))
+        otherwise = min(has.get("CPU", 0) // cpus, on_gpus)
+        room[name] = int(min(otherwise, in_memory))
+        if in_memory < otherwise and name not in places.short_of_memory:
+            places.short_of_memory.add(name)
+            hint = f"its CPUs are for {otherwise:.0f}; a larger CPUS_PER_WORKER uses them"
+            say(f"node {name[:8]} has memory for {in_memory:.0f} workers only, {hint}")
     return room
 
 

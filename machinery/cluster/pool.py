@@ -156,28 +156,26 @@ class Pool:
 
         ClusterError if none is up by then.
         """
-        patience, announced = self._setup.patience, False
+        patience, shortage, announced = self._setup.patience, "", False
         deadline = time.monotonic() + patience
-        while len(self._up) < self.count:
+        while len(self._up) < self.count and time.monotonic() < deadline:
             self._admit(timeout=1)
-            shortage, late = self._shortage(), time.monotonic() > deadline
-            if len(self._up) == self.count:
-                break
-            if shortage and late and not self._up:
-                raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
+            shortage = self._shortage()
             if shortage and not announced:
                 say(f"{shortage}: waiting up to {patience} s for more nodes")
                 announced = True
             if shortage and self._setup.can_grow:
                 self._ask_for_nodes()
-            goes_on = late or (not shortage and self._room.why and not self._starting and self._up)
-            if goes_on or self._room.given_up():
-                self._wait_for_one()
-            if goes_on:
-                why = shortage or self._room.why or f"the others need more than {patience} s"
-                up = f"{len(self._up)} of {self.count} workers are up"
-                say(f"only {up}: the run goes on with them ({why})")
+            some_fail = self._up and self._room.why and not self._starting
+            if self._room.given_up() or (some_fail and not shortage):
                 break
+        if shortage and not self._up:
+            raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
+        self._wait_for_one()
+        if len(self._up) < self.count:
+            why = shortage or self._room.why or f"the others need more than {patience} s"
+            up = f"{len(self._up)} of {self.count} workers are up"
+            say(f"only {up}: the run goes on with them ({why})")
 
     def machine(self):
         """What the last bits of a result depend on: a dict of texts."""
@@ -300,7 +298,7 @@ class Pool:
         free = {member.number: member for member in members if member.number not in busy}
         ahead = list(left)[: len(free) + len(self._up)]
         data = {requests[number].drawn.ref(): number for number in ahead}
-        there, unready = ray.wait(list(data), num_returns=len(data), timeout=0, fetch_local=False)
+        there, unready = ray.wait(list(data), num_returns=len(data), timeout=0.001, fetch_local=False)
         # An accuracy's requests, which follow those of gradients, are spread like these.
         alike = sum(request.returns > 1 for request in requests) or len(requests)
         for ref in there[: len(free)]:

@@ -72,6 +72,7 @@ def run(name, seconds, call, *objects):
             function, values, places = cloudpickle.loads(call)
         except Exception:  # a broken library can raise anything
             nodes.leave()
+            raise
         for place, value in zip(places, objects, strict=True):
             values[place] = value
         return function(*values)
