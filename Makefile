@@ -9,7 +9,7 @@ demo: $(MADE)
 	$(BIN)/python demo.py
 
 test: $(MADE) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Five minutes of misfortunes, in an order that a seed decides.
 soak: $(MADE)

@@ -1,4 +1,4 @@
-"""One S3 server and one Ray for the whole session; buckets and the network are each test's own."""
+"""One S3 server and one Ray for each process of pytest; buckets and the network are each test's own."""
 
 import os
 import shutil
@@ -13,9 +13,17 @@ RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 import driver
 from machinery.cluster import joining, nodes, tasks
 from tests import support
+from tests.fault_proxy import fault_proxy
 
 import pytest
 import ray
+
+LONGEST = "test_nodes.py", "test_saving.py"
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first: two processes that share the files end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_unconfigure():
@@ -48,6 +56,14 @@ def bucket(s3):
     name = f"test-{uuid.uuid4().hex}"
     s3.create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    """A FaultProxy between boto3 and the S3 server."""
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
 
 
 @pytest.fixture(scope="session")

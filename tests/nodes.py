@@ -5,13 +5,11 @@ import itertools
 import os
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.support import WARM, Run, titled, wait_until
 
-import numpy as np
 import psutil
 import ray
 from ray.cluster_utils import Cluster
@@ -53,7 +51,8 @@ class Nodes:
         # Nodes that start at the same time would take the same names for their sockets.
         names = "raylet_socket_name", "plasma_store_socket_name"
         sockets = {name: f"{self.folder.name}/{next(self.numbers)}" for name in names}
-        return self.cluster.add_node(num_cpus=self.cpus, **sockets, **STORE, **UNSEEN, **options)
+        options = {"num_cpus": self.cpus} | sockets | STORE | UNSEEN | options
+        return self.cluster.add_node(**options)
 
     def head(self):
         """The process of Ray that knows all nodes, actors and modules."""
@@ -76,18 +75,21 @@ class Nodes:
         return self.add(**options)
 
     @contextlib.contextmanager
-    def with_cpuinfo(self, cpus, *paths):
-        """One more node for each file, for a while; its processes read that instead of /proc/cpuinfo.
+    def with_proc(self, cpus, *folders):
+        """One more node for each folder, for a while; its processes read the files there, such as
+        cpuinfo, instead of those in /proc.
 
         Yields the first process of each node.
         """
         ray, runs = Path(sys.executable).with_name("ray"), []
-        size = f"--num-cpus={cpus} --object-store-memory={STORE['object_store_memory']}"
-        for path in paths:
+        size = f"--num-cpus={cpus} --memory={2 * 2**30}"
+        size += f" --object-store-memory={STORE['object_store_memory']}"
+        for folder in folders:
+            mounts = [f"mount --bind {path} /proc/{path.name}" for path in folder.iterdir()]
             options = f"{size} --temp-dir={self.folder.name}/{next(self.numbers)} --block"
             start = f"{ray} start --address={self.address} {options}"
-            mount = f"mount --bind {path} /proc/cpuinfo"
-            runs.append(Run([*OWN_MOUNTS, "sh", "-c", f"{mount} && {start}"], os.environ))
+            command = [*OWN_MOUNTS, "sh", "-c", " && ".join([*mounts, start])]
+            runs.append(Run(command, os.environ))
         try:
             for run in runs:
                 run.wait_for("Ray runtime started", 60)
@@ -132,19 +134,3 @@ def actors(node, kind):
 def actor(node, kind):
     """The process of an actor of a class on one of the `others`, once there is one."""
     return wait_until(lambda: actors(node, kind))[0]
-
-
-def memory_monitor(spare=1.5):
-    """The environment of a node on which Ray ends processes if so many GiB more are used than now."""
-    memory = psutil.virtual_memory()
-    threshold = (memory.total - memory.available + spare * 2**30) / memory.total
-    return {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "100"}
-
-
-def use_memory_until(condition, most=3):
-    """Use more and more memory, at most so many GiB, until a function returns true."""
-    used = []
-    while not condition():
-        assert len(used) < 8 * most, "Ray's memory monitor did not strike"
-        used.append(np.ones(2**24))
-        time.sleep(0.3)

@@ -3,12 +3,10 @@
 import contextlib
 import functools
 import io
-import os
 import re
 import shutil
 
 from machinery.storage.tf1 import tf
-from tests.fault_proxy import fault_proxy
 from tests.moments import At
 from tests.support import VALIDATED, checksums, noting_worker, thin_constants, train_here
 
@@ -39,7 +37,7 @@ def files(folder):
 
 
 def test_every_kept_iteration_gives_the_figure_that_training_gave(
-    thin, s3, photos, bucket, trained, monkeypatch, capsys
+    thin, s3, photos, bucket, proxy, trained, monkeypatch, capsys
 ):
     """From S3, on one worker. Not even the keys of the training set are listed."""
     folder, validations = trained
@@ -47,17 +45,15 @@ def test_every_kept_iteration_gives_the_figure_that_training_gave(
         s3.upload_file(str(path), bucket, f"run/{path.name}")
     monkeypatch.setattr(thin, "NUM_WORKERS", 1)
     place = f"s3://{bucket}/run"
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        for iteration in (2, 4):
-            assert train_here(photos, place, iteration, *VALIDATED) == 0
-            lines = capsys.readouterr().out.splitlines()
-            about = f"this is about iteration {iteration}"
-            assert lines[0] == f"Nothing to train: {place} has iteration 4 already; {about}"
-            assert lines[-2:] == [
-                validations[iteration // 2 - 1],
-                f"Stopped at iteration {iteration}: checkpoints in {place}",
-            ]
+    for iteration in (2, 4):
+        assert train_here(photos, place, iteration, *VALIDATED) == 0
+        lines = capsys.readouterr().out.splitlines()
+        about = f"this is about iteration {iteration}"
+        assert lines[0] == f"Nothing to train: {place} has iteration 4 already; {about}"
+        assert lines[-2:] == [
+            validations[iteration // 2 - 1],
+            f"Stopped at iteration {iteration}: checkpoints in {place}",
+        ]
     read = {request.path for request in proxy.requests if "img_train" in request.path}
     assert read and all("n01500003" in path for path in read)
     keys = {obj["Key"] for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]}

@@ -11,7 +11,6 @@ import imagenet
 from machinery import results
 from machinery.cluster import tasks
 from machinery.cluster.nodes import ANSWER, BETWEEN_LOOKS
-from tests.fault_proxy import fault_proxy
 from tests.nodes import Nodes
 from tests.support import (
     assert_clean,
@@ -36,7 +35,7 @@ import ray
 
 
 def test_task_that_hangs_is_named_and_run_again(
-    thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys
+    thin, one_ray, photos, undisturbed, proxy, tmp_path, monkeypatch, capsys
 ):
     """It waits for an answer, less long than S3's own patience is."""
     monkeypatch.setattr(thin, "TASK_TIMEOUT", 6)
@@ -48,11 +47,9 @@ def test_task_that_hangs_is_named_and_run_again(
         hanging.extend(titled(os.getpid(), f"ray::{task}"))
         psutil.wait_procs(hanging, timeout=60)
 
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        proxy.faults["GET", "n01500003.tar"] = iter([hang])
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        assert train_here(photos, tmp_path, actor=noting_worker(tmp_path)) == 0
-        asked = [request for request in proxy.requests if request.key == "n01500003.tar"]
+    proxy.faults["GET", "n01500003.tar"] = iter([hang])
+    assert train_here(photos, tmp_path, actor=noting_worker(tmp_path)) == 0
+    asked = [request for request in proxy.requests if request.key == "n01500003.tar"]
     assert len(hanging) == 1 and not hanging[0].is_running()
     assert len(asked) == 2
     [log] = Path(os.environ["RAY_TMPDIR"]).glob(f"ray/session_2*/logs/worker-*-{hanging[0].pid}.err")
@@ -63,7 +60,7 @@ def test_task_that_hangs_is_named_and_run_again(
 
 
 def test_tar_that_ends_its_process_each_time_ends_the_run(
-    thin, one_ray, photos, tmp_path, monkeypatch, capsys
+    thin, one_ray, photos, proxy, tmp_path, capsys
 ):
     """As one for which there is too little memory, or at which the decoder crashes."""
     task, killed = f"s3://{photos}/ILSVRC2012_img_train/n01500003.tar", []
@@ -72,10 +69,8 @@ def test_tar_that_ends_its_process_each_time_ends_the_run(
         killed.extend(titled(os.getpid(), f"ray::{task}"))
         killed[-1].kill()
 
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        proxy.faults["GET", "n01500003.tar"] = itertools.repeat(kill)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        assert train(photos, "--iterations", 1, actor=noting_worker(tmp_path)) == 2
+    proxy.faults["GET", "n01500003.tar"] = itertools.repeat(kill)
+    assert train(photos, "--iterations", 1, actor=noting_worker(tmp_path)) == 2
     line = rf"error: {task}: this task has ended (\d+) processes \(.*\)\n"
     assert int(re.fullmatch(line, capsys.readouterr().err)[1]) == len(set(killed))
 

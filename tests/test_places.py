@@ -15,7 +15,6 @@ from machinery.storage import places
 from machinery.storage.checkpoints import Checkpoints, Facts
 from machinery.storage.export import SavedModel
 from machinery.storage.tf1 import tf
-from tests.fault_proxy import fault_proxy
 from tests.support import THIN, drive
 
 import numpy as np
@@ -32,14 +31,6 @@ def network():
     made = alexnet.AlexNet(THIN, 10, rule=driver.update_rule(10))
     made.restore(made.initial_state("he", np.random.default_rng(0)), 0)
     return made
-
-
-@pytest.fixture
-def proxy(s3, monkeypatch):
-    """A proxy between boto3 and the S3 server."""
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
 
 
 # ---- what a place may be

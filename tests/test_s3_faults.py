@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from machinery import ending, results
 from machinery.errors import InputError
 from machinery.storage import s3 as reading
 from machinery.storage.s3 import PATIENT, PIECE, S3File, Tar, data_client, read_object, s3_location
-from tests.fault_proxy import fault_proxy
 from tests.support import draw_image, jpeg, make_tar
 
 import numpy as np
@@ -28,14 +26,6 @@ IN_THE_BODY = ["reset", "cut", "stall"]
 FAULTS = BEFORE_THE_BODY + IN_THE_BODY
 
 HASTY = Config(read_timeout=2)  # seconds after which what stalls is given up
-
-
-@pytest.fixture
-def proxy(s3, monkeypatch):
-    """A proxy between boto3 and moto's server."""
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
 
 
 def put(s3, bucket, content=CONTENT, key="a.tar"):

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import imagenet
 import stage_imagenet
 from machinery.storage import ilsvrc2012
 from machinery.storage.images import decode_image
-from tests.fault_proxy import fault_proxy
 from tests.support import ROOT, draw_image, encode, jpeg, make_tar
 
 import numpy as np
@@ -104,14 +102,6 @@ def make_devkit(path):
     lines = [f"{DEVKIT_IDS[wnid]}\n" for wnid in VAL_WNIDS]
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(lines))
     return data.parent
-
-
-@pytest.fixture
-def proxy(s3, monkeypatch):
-    """A proxy between boto3 and moto's server, which sees what is put."""
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
 
 
 def uploads(proxy):
