@@ -59,6 +59,13 @@ def bucket(s3):
 
 
 @pytest.fixture
+def said(caplog):
+    """A function that gives the lines of the log so far."""
+    caplog.set_level("INFO", "driver")
+    return lambda: caplog.messages
+
+
+@pytest.fixture
 def proxy(s3, monkeypatch):
     """A FaultProxy between boto3 and the S3 server."""
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:

@@ -411,6 +411,13 @@ def thin_driver(*arguments, address="local", environment=None, **options):
         print(run.output())
 
 
+class Screen(io.StringIO):
+    """A text file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
 def workers_of(pid):
     """The worker processes below a process."""
     return titled(pid, "ray::Worker")

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
 
 import alexnet
 from machinery.cluster import adding
 from machinery.errors import InputError
 from machinery.storage.checkpoints import Checkpoints, Facts, Start
-from tests.fault_proxy import fault_proxy
 from tests.support import THIN
 
 import numpy as np
@@ -261,13 +259,6 @@ def save(checkpoints, iteration, network, top1=None):
     checkpoints.wait()
 
 
-@pytest.fixture
-def said(caplog):
-    """A function that gives the lines of the log so far."""
-    caplog.set_level("INFO", "driver")
-    return lambda: caplog.messages
-
-
 @pytest.fixture(params=["folder", "s3"])
 def place(request, tmp_path):
     if request.param == "folder":
@@ -335,16 +326,14 @@ def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(
     assert len(said()) == 1
 
 
-def test_old_checkpoints_that_s3_does_not_delete_do_not_spoil_a_save(s3, bucket, monkeypatch, said):
+def test_old_checkpoints_that_s3_does_not_delete_do_not_spoil_a_save(proxy, bucket, said):
     network, place = thin_network(), f"s3://{bucket}/x"
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        checkpoints = Checkpoints(place)
-        proxy.always["DELETE"] = "403"
-        for iteration in range(1, 6):
-            save(checkpoints, iteration, network, iteration / 10)
-        proxy.always.clear()
-        assert Checkpoints(place).start().facts.best == [5, 0.5]
+    checkpoints = Checkpoints(place)
+    proxy.always["DELETE"] = "403"
+    for iteration in range(1, 6):
+        save(checkpoints, iteration, network, iteration / 10)
+    proxy.always.clear()
+    assert Checkpoints(place).start().facts.best == [5, 0.5]
     assert (checkpoints.saved, checkpoints.best, checkpoints.lost_best) == (5, [5, 0.5], None)
     assert len(said()) == 2 and all("than that of iteration" in line for line in said())
 

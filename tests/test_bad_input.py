@@ -19,11 +19,12 @@ from pathlib import Path
 import alexnet
 import driver
 import functions
-from machinery import constants, results
+from machinery import constants
 from machinery.errors import InputError
 from machinery.storage.images import MAX_BYTES, decode_image
 from machinery.storage.s3 import IMPATIENT, data_client, read_object, s3_location
 from machinery.storage.tars import decode_part
+from tests.moments import At
 from tests.support import (
     ROOT,
     decode_tar,
@@ -516,23 +517,10 @@ def test_every_constant_has_a_rule_that_it_keeps():
     constants.check(vars(driver), alexnet.are_layers)
 
 
-class SignalWhileLoading(results.Report):
-    """Sends this process a signal as soon as a tar is loaded."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def say(self, line):
-        super().say(line)
-        if line.startswith("Loading: "):
-            os.kill(os.getpid(), self.number)
-
-
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_while_loading_stops_at_once(thin, one_ray, small, capsys, number, status):
     before = signal.getsignal(number)
-    report = SignalWhileLoading(number)
+    report = At({"Loading: ": lambda: os.kill(os.getpid(), number)})
     assert drive([*small, "--iterations", "3"], report=report, actor=Idle) == status
     assert signal.getsignal(number) == before  # it leaves no handler of its own
     out, err = capsys.readouterr()

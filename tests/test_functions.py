@@ -77,13 +77,6 @@ def test_label_table_answers_as_the_dictionary_does():
     ]
 
 
-@pytest.fixture
-def said(caplog):
-    """A function that gives the lines of the log so far."""
-    caplog.set_level("INFO", "driver")
-    return lambda: caplog.messages
-
-
 @STORED
 def test_match_drops_unlabelled_images_and_empty_batches(one_ray, said, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]

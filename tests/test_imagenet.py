@@ -14,8 +14,7 @@ from machinery.cluster import tasks
 from machinery.errors import InputError
 from machinery.storage.images import decode_image
 from machinery.storage.s3 import Bucket, Tar, s3_location
-from tests.fault_proxy import fault_proxy
-from tests.support import decode_tar, draw_image, encode, jpeg, make_tar
+from tests.support import Screen, decode_tar, draw_image, encode, jpeg, make_tar
 
 import cv2
 import numpy as np
@@ -148,21 +147,21 @@ def test_region_of_aws_region(s3, monkeypatch):
         ({"AWS_REQUEST_PAYER": "requester"}, "x-amz-request-payer", "requester"),
     ],
 )
-def test_every_request_for_data_is_anonymous_or_paid(s3, bucket, monkeypatch, setting, header, value):
+def test_every_request_for_data_is_anonymous_or_paid(
+    s3, bucket, proxy, monkeypatch, setting, header, value
+):
     tar = make_tar({"a.JPEG": jpeg(picture())})
     for key, body in ("a.tar", tar), ("train.txt", b"a.JPEG 1"):
         s3.put_object(Bucket=bucket, Key=key, Body=body, ACL="public-read")
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        for name, text in setting.items():
-            monkeypatch.setenv(name, text)
-        source = imagenet.source_of(bucket)
-        [tar], _ = imagenet.list_tars(source, "")
-        assert imagenet.estimate_images(source, [tar]) > 0
-        assert imagenet.read_labels(source, "train.txt", 10) == {"a.JPEG": 1}
-        images, *_ = imagenet.load_tarfile(source, tar, 0, SIZE, "pixels")
-        assert len(images) == 1
-        headers = [request.headers.get(header) for request in proxy.requests]
+    for name, text in setting.items():
+        monkeypatch.setenv(name, text)
+    source = imagenet.source_of(bucket)
+    [tar], _ = imagenet.list_tars(source, "")
+    assert imagenet.estimate_images(source, [tar]) > 0
+    assert imagenet.read_labels(source, "train.txt", 10) == {"a.JPEG": 1}
+    images, *_ = imagenet.load_tarfile(source, tar, 0, SIZE, "pixels")
+    assert len(images) == 1
+    headers = [request.headers.get(header) for request in proxy.requests]
     assert len(headers) >= 4 and set(headers) == {value}
 
 
@@ -200,15 +199,8 @@ def test_report_counts_and_names_what_is_left_out(one_ray, capsys, left_out):
     assert lines[10:] == ([*named, "105 left out of 15 more tars"] if left_out else [])
 
 
-class Terminal(io.StringIO):
-    """A text file that says it is a terminal."""
-
-    def isatty(self):
-        return True
-
-
 def test_a_terminal_gets_a_bar_instead_of_lines(one_ray):
-    with contextlib.redirect_stdout(Terminal()) as terminal:
+    with contextlib.redirect_stdout(Screen()) as terminal:
         report_all([{}] * 4)
     shown = terminal.getvalue()
     assert "tars," not in shown and "4/4" in shown and "images=12" in shown

@@ -18,6 +18,7 @@ from tests.moments import At
 from tests.support import (
     ITERATIONS,
     ROOT,
+    VALIDATED,
     assert_clean,
     checksums,
     noting_worker,
@@ -57,8 +58,6 @@ def fetch_newest(place, folder):
 
 
 # ---- signals
-
-VALIDATED = ["--val-prefix", "ILSVRC2012_img_train/n01500000", "--val-label-file", "train.txt"]
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 MOMENTS = [  # a signal, the moment, what it does there, and the iteration that is saved

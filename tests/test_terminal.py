@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import io
 import math
 import os
 import pty
@@ -16,7 +15,7 @@ import threading
 import time
 
 from machinery import results
-from tests.support import ROOT, VALIDATED, wait_until
+from tests.support import ROOT, VALIDATED, Screen, wait_until
 
 import pyte
 
@@ -151,13 +150,6 @@ def test_lines_of_several_threads_stay_whole():
     command = [sys.executable, "-u", "-c", TWO_THREADS]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert sorted(out.splitlines()) == ["a" * 40] * 5000 + ["b" * 40] * 5000
-
-
-class Screen(io.StringIO):
-    """A text file that says it is a terminal."""
-
-    def isatty(self):
-        return True
 
 
 def test_without_a_last_iteration_the_bar_says_the_time_since_the_start():
