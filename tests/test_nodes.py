@@ -166,14 +166,14 @@ def test_cpus_of_several_models_a_late_one_without_bfloat16_and_one_short_of_mem
             f"MemTotal: 6000000 kB\nMemFree: {kilobytes} kB\nMemAvailable: {kilobytes} kB\n"
         )
 
-    late, short = (3, "apply"), (17, "apply")
+    late, short = (3, "apply"), (24, "apply")
     settings = ["PRECISION=None", "MINI_BATCH=2", f"PAUSES={[late, short]}", f"NOTES='{tmp_path}'"]
     known = cpu("Abacus", "fpu avx512_bf16"), cpu("Quipu", "fpu amx_bf16")
     memory = known[1] / "meminfo"
     free(5_000_000)
     with (
         head.with_proc(1, *known) as (abacus, quipu),
-        train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=20) as run,
+        train_elsewhere(photos, tmp_path / "saved", head.address, *settings, iterations=26) as run,
     ):
         run.wait_for("Paused after apply of iteration 3")
         with head.with_proc(2, cpu("Knots", "fpu")):
