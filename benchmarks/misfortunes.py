@@ -14,26 +14,20 @@ import ray  # noqa: F401, it brings psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for whoever imports the tests' helpers
 
-from tests.nodes import Nodes, raylet_of, tree
+from tests.nodes import Nodes, memory_monitor, raylet_of, tree, use_memory_until
 from tests.support import free_port, title
 
 import psutil
 
 NODES = 3  # healthy ones; each holds two workers
-MEMORY = 3 * 2**30  # bytes that are eaten at most
-DISK = "size=16m"  # of the checkpoints
+LITTLE_MEMORY = 3 * 10**9  # bytes that Ray knows of on a small node
+HEAD_PAUSE = 40  # seconds
+DISK = "size=16m"  # of the checkpoints, and of the log
+LIBRARIES = "simplejpeg", "cv2", "PIL", "boto3"  # that data needs
 
 # What Ray's processes call themselves.
 WORKER, HELPER = r"ray::Worker\b", r"ray::Helper\b"
 DATA = "ray::(s3://|convert|drop_unlabelled|shuffle_pair|sum_images|add$)"
-
-EATER = """
-import time
-eaten = []
-while True:
-    eaten.append(bytearray(b"x") * (32 * 2**20))
-    time.sleep(0.1 if 32 * 2**20 * len(eaten) < {} else 1000)
-"""
 
 
 def ask(question, gone):
@@ -49,21 +43,33 @@ class Soaked(Nodes):
 
     def __init__(self):
         """Start all healthy nodes."""
-        super().__init__(0, others=NODES, cpus=2, dashboard_port=free_port())
+        self._ports = {"gcs_server_port": free_port(), "dashboard_port": free_port()}
+        self._begin()
+
+    def _begin(self):
+        super().__init__(0, others=NODES, cpus=2, **self._ports)
         self.healthy = list(self.others)
+
+    def begin_again(self):
+        """End what is left of the cluster, and start another one at the same address."""
+        self.close()
+        self._begin()
 
     def end(self, node):
         """Kill a node, which may be a healthy one."""
         self.healthy = [other for other in self.healthy if other is not node]
         self.kill(self.others.index(node))
 
-    def processes(self, pattern, nodes=None):
-        """The processes with such titles that are not stopped, on some nodes or on all."""
+    def all(self, nodes=None):
+        """The processes of some nodes or of all."""
         nodes = nodes or self.cluster.list_all_nodes()
-        below = [process for node in nodes for process in tree(raylet_of(node))]
+        return [process for node in nodes for process in tree(raylet_of(node))]
+
+    def processes(self, pattern, nodes=None):
+        """Those with such titles that are not stopped."""
         return [
             process
-            for process in below
+            for process in self.all(nodes)
             if re.match(pattern, title(process))
             and ask(process.status, psutil.STATUS_STOPPED) != psutil.STATUS_STOPPED
         ]
@@ -105,10 +111,11 @@ class Weather:
 
 
 class Disk:
-    """The disk that the driver saves to: small, of memory, if this is root; it can be full."""
+    """A disk that the driver writes to: small, of memory, if this is root; it can be full."""
 
     def __init__(self, folder):
-        """Mount it on a folder."""
+        """Mount it on a folder, which is made."""
+        folder.mkdir()
         self.folder, self._filler, self.full = folder, folder / "filler", False
         command = ["mount", "-t", "tmpfs", "-o", DISK, "soak", str(folder)]
         self.small = subprocess.run(command, capture_output=True).returncode == 0
@@ -134,17 +141,17 @@ class Disk:
 class Misfortunes:
     """All that is done to a run. A method of the table `kinds` says whether it has found a victim."""
 
-    def __init__(self, driver, nodes, weather, disk, rng, folder, log):
-        """Know the run's parts; `folder` is for files."""
-        self.driver, self.nodes, self.disk, self.rng, self.log = driver, nodes, disk, rng, log
-        self.counts, self._later, self._bad_image = Counter(), [], folder / "bad-image"
-        self._bad_image.mkdir()
-        (self._bad_image / "tensorflow.py").write_text("raise ImportError('a broken image')")
+    def __init__(self, driver, nodes, weather, disks, rng, folder, log):
+        """Know the run's parts; `disks` are by what is on them, and `folder` is for files."""
+        self.driver, self.nodes, self.disks, self.rng, self.log = driver, nodes, disks, rng, log
+        self.counts, self._later, self._folder = Counter(), [], folder
         hit, kill, stop = self._hit, signal.SIGKILL, signal.SIGSTOP
         self.kinds = {
             "node dies, another comes": self.node_dies,
             "late node, which leaves again": self.late_node,
-            "bad node, where no worker starts": self.bad_node,
+            "bad node, where no worker starts": partial(self.bad_node, ["tensorflow"]),
+            "bad node, where no data is read": partial(self.bad_node, LIBRARIES),
+            "small node in another's place": partial(self.node_dies, memory=LITTLE_MEMORY),
             "memory of a node runs out": self.memory,
             "worker killed": partial(hit, WORKER, kill),
             "helper killed": partial(hit, HELPER, kill),
@@ -153,12 +160,15 @@ class Misfortunes:
             "helper stopped": partial(hit, HELPER, stop),
             "driver killed": driver.kill,
             "driver interrupted": self.interrupt,
+            "all processes ended at once": self.all_end,
+            f"head stands still for {HEAD_PAUSE} s": self.head_pauses,
             "S3 stands still for 15 s": partial(weather.turn, weather.stall, 15),
             "S3 answers 503 for 5 s": partial(weather.turn, "503", 5),
             "S3 resets connections for 5 s": partial(weather.turn, "reset", 5),
         }
-        if disk.small:
-            self.kinds["disk full for 15 s"] = self.full_disk
+        for name, disk in disks.items():
+            if disk.small:
+                self.kinds[f"disk of {name} full for 15 s"] = partial(self.full_disk, disk)
 
     def strike(self, kind):
         """Do a kind of misfortune; whether it has found a victim."""
@@ -197,9 +207,12 @@ class Misfortunes:
         self.nodes.end(node)
         self.nodes.healthy.append(self.nodes.add())
 
-    def node_dies(self):
-        """A healthy node is there no more, with all that runs and lies on it."""
-        node = self._replaced()
+    def node_dies(self, **options):
+        """A healthy node is there no more, with all that runs and lies on it.
+
+        `options` are those of the node that comes.
+        """
+        node = self._replaced(**options)
         self.nodes.healthy += [node] if node else []
         return node is not None
 
@@ -208,34 +221,33 @@ class Misfortunes:
         self._after(self.rng.uniform(5, 25), self.nodes.end, self.nodes.add())
         return True
 
-    def bad_node(self):
-        """The node that comes in another's place has an image in which no worker can start."""
-        if node := self._replaced(env_vars={"PYTHONPATH": str(self._bad_image)}):
-            self._after(25, self._make_good, node)
-        return node is not None
+    def bad_node(self, libraries):
+        """The node that comes in another's place has an image in which a library is broken."""
+        if len(self.nodes.healthy) < NODES:
+            return False
+        library = self.rng.choice(libraries)
+        image = self._folder / f"broken-{library}"
+        image.mkdir(exist_ok=True)
+        (image / f"{library}.py").write_text(f"raise ImportError('a broken {library}')")
+        self.log.write(f"# a node with a broken {library}")
+        node = self._replaced(env_vars={"PYTHONPATH": str(image)})
+        self._after(25, self._make_good, node)
+        return True
 
     def memory(self):
-        """The node that comes in another's place has little memory, and something eats it."""
-        now = psutil.virtual_memory()
-        threshold = (now.total - now.available + MEMORY // 2) / now.total
-        if node := self._replaced(env_vars={"RAY_memory_usage_threshold": f"{threshold:.3f}"}):
-            self._after(20, self._eat, node)
+        """The node that comes in another's place has little memory, and something uses it."""
+        if node := self._replaced(env_vars=memory_monitor()):
+            self._after(20, self._use_memory, node)
         return node is not None
 
-    def _eat(self, node, tries=8):
-        before = self.nodes.processes(WORKER, [node])
-        if not before and tries:
-            self._after(5, self._eat, node, tries - 1)
+    def _use_memory(self, node, tries=8):
+        workers = self.nodes.processes(WORKER, [node])
+        if not workers and tries:
+            self._after(5, self._use_memory, node, tries - 1)
             return
-        eater = subprocess.Popen([sys.executable, "-c", EATER.format(MEMORY)])
-        self._after(15, self._end_eater, eater, node, before)
-
-    def _end_eater(self, eater, node, before):
-        eater.kill()
-        eater.wait()
-        ended = sum(not process.is_running() for process in before)
-        self.log.write(f"# memory: {ended} of {len(before)} processes were ended")
-        if not ended:
+        try:
+            use_memory_until(lambda: not all(worker.is_running() for worker in workers))
+        except AssertionError:  # none was ended
             self.counts["memory of a node runs out"] -= 1
         self._after(5, self._make_good, node)
 
@@ -243,10 +255,35 @@ class Misfortunes:
         """The driver is asked to end."""
         return self.driver.interrupt(self.rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
 
-    def full_disk(self):
-        """Nothing can be saved for a while."""
-        if not self.driver.trains() or self.disk.full:
+    def all_end(self):
+        """All processes of the run are asked to end at once, as systemd does; then all comes again."""
+        left = [moment[1].func for moment in self._later]
+        if not self.driver.trains() or self._use_memory in left:
             return False
-        self.disk.fill()
-        self._after(15, self.disk.free)
+        of_nodes = self.nodes.end, self._make_good
+        self._later = [moment for moment in self._later if moment[1].func not in of_nodes]
+        processes = [self.nodes.head(), *self.nodes.all()]
+        self.driver.interrupt(signal.SIGTERM, processes)
+        for process in processes:
+            ask(process.kill, None)
+        self.nodes.begin_again()
+        return True
+
+    def head_pauses(self):
+        """The head answers nobody for a while, in which nothing else is done."""
+        if not self.driver.trains():
+            return False
+        self.log.write("# the head stands still")
+        head = self.nodes.head()
+        head.suspend()
+        time.sleep(HEAD_PAUSE)
+        head.resume()
+        return True
+
+    def full_disk(self, disk):
+        """A disk takes no more for a while."""
+        if not self.driver.trains() or disk.full:
+            return False
+        disk.fill()
+        self._after(15, disk.free)
         return True

@@ -5,7 +5,7 @@
 A head without CPUs and 3 nodes of 2 workers train the thin network of the tests; data comes from an S3
 server through a proxy that spoils answers. When the time is over, an undisturbed run goes to the same
 iteration. The soak fails if one bit of the weights differs, if the driver ends by itself or says an
-error, or if it stands still. As root, the disk of the checkpoints fills up, too.
+error, or if it stands still. As root, the disks of the checkpoints and of the log fill up, too.
 """
 
 import argparse
@@ -19,14 +19,15 @@ import tempfile
 import threading
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 
-from misfortunes import NODES, Disk, Misfortunes, Soaked, Weather
+from misfortunes import NODES, Disk, Misfortunes, Soaked, Weather, ask
 
 from machinery.cluster.nodes import place
 from tests.fault_proxy import fault_proxy
 from tests.nodes import Nodes
-from tests.support import checksums, fill_bucket, s3_client, s3_server
+from tests.support import ROOT, checksums, fill_bucket, s3_client, s3_server
 
 SETTINGS = {
     "NUM_WORKERS": 2 * NODES,
@@ -40,7 +41,7 @@ SETTINGS = {
     "ACCURACY_EVERY": 5,
 }
 PACE = 1  # seconds of an iteration that is disturbed, at least
-BETWEEN = 4, 24  # seconds between two misfortunes
+BETWEEN = 3, 15  # seconds between two misfortunes
 TICK = 0.3  # seconds between two looks
 STILL = 240  # seconds without an iteration after which the driver stands still
 END = 60  # seconds in which the driver ends after a signal
@@ -69,9 +70,10 @@ class Log:
 class Driver:
     """driver.py as a process that goes on again whenever it was ended."""
 
-    def __init__(self, command, environment, log):
-        """Nothing is started yet."""
+    def __init__(self, command, environment, output, log):
+        """Nothing is started yet; `output` is the path of the file that takes what it says."""
         self._command, self._environment, self._log = command, environment, log
+        self._output = output
         self._process, self._reader, self._lines, self._errors = None, None, deque(maxlen=20), []
         self._reads, self._started = False, 0
         self.iterations = self.resumes = 0
@@ -91,20 +93,28 @@ class Driver:
 
     def start(self):
         """Start it, or start it again."""
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self._log.write("the driver starts")
-        self._process = subprocess.Popen(self._command, env=self._environment, **streams)
+        with self._output.open("ab") as file:
+            before = file.tell()
+            streams = {"stdout": file, "stderr": subprocess.STDOUT}
+            self._process = subprocess.Popen(self._command, env=self._environment, **streams)
         self._errors, self._reads, self._started = [], False, time.monotonic()
-        self._reader = threading.Thread(target=self._read, args=[self._process.stdout])
+        follow = ["tail", "-s", "0.1", "-c", f"+{before + 1}", f"--pid={self._process.pid}"]
+        tail = subprocess.Popen([*follow, "-f", self._output], stdout=subprocess.PIPE, text=True)
+        self._reader = threading.Thread(target=self._read, args=[tail])
         self._reader.start()
 
-    def _read(self, output):
+    def _read(self, tail):
+        with tail:
+            self._note(tail.stdout)
+
+    def _note(self, output):
         for line in output:
             self._log.write(f"| {line.rstrip()}")
             self._lines.append(line.rstrip())
             if re.match("(error:|Traceback|Exception|Fatal)", line):
                 self._errors.append(line)
-            self._reads = self._reads or line.startswith("Loading: ")
+            self._reads = self._reads or re.match(r"Loading: |Iteration \d", line) is not None
             self.resumes += line.startswith("Resumed from")
             if re.match(r"Iteration \d+: loss", line):
                 self.iterations += 1
@@ -141,19 +151,23 @@ class Driver:
             return True
         return False
 
-    def interrupt(self, signum):
-        """End it by a signal, which it answers by its status; whether there was one."""
+    def interrupt(self, signum, others=()):
+        """End it by a signal, which it answers by its status; whether there was one.
+
+        `others` are processes that have the signal at the same moment: Ray may end it, too, then.
+        """
         if not self.runs():
             return False
         self._log.write(f"# signal {signum} to the driver")
-        self._process.send_signal(signum)
+        for process in [self._process, *others]:
+            ask(partial(process.send_signal, signum), None)
         try:
             self._process.wait(END)
         except subprocess.TimeoutExpired:
             self._log.flaw(f"no end within {END} s after signal {signum}", self._where())
             return self.kill()
         # Python has not begun to run it, or driver.py still imports what it needs: it ends at once.
-        self._ended(f"had signal {signum}", [128 + signum, -signum])
+        self._ended(f"had signal {signum}", [128 + signum, -signum, *([1] if others else [])])
         return True
 
 
@@ -162,7 +176,7 @@ def disturb(misfortunes, minutes):
 
     Each kind has its turn before one has its second. One that finds no victim waits for it.
     """
-    driver, disk, rng = misfortunes.driver, misfortunes.disk, misfortunes.rng
+    driver, rng, disk = misfortunes.driver, misfortunes.rng, misfortunes.disks["checkpoints"]
     start = time.monotonic()
     end, due, deck, armed = start + 60 * minutes, start + BETWEEN[1], [], []
 
@@ -189,10 +203,10 @@ def disturb(misfortunes, minutes):
     driver.interrupt(signal.SIGTERM)
 
 
-def command(folder, precision, iterations=10**6, **settings):
+def command(folder, precision, iterations=10**6, pace=0, **settings):
     """The command line of a driver that saves to a folder."""
-    settings = SETTINGS | settings | {"PRECISION": precision}
-    program = [sys.executable, "-u", str(Path(__file__).with_name("soak_driver.py"))]
+    settings = SETTINGS | settings | {"PRECISION": precision, "PACE": pace}
+    program = [sys.executable, "-u", str(ROOT / "tests" / "thin_driver.py")]
     flags = ["--s3-bucket", "soak", "--val-prefix", "ILSVRC2012_img_train/n01500007"]
     flags += ["--val-label-file", "train.txt", "--iterations", str(iterations)]
     flags += ["--checkpoint-dir", f"{folder}/checkpoints", "--log-dir", f"{folder}/curves"]
@@ -200,16 +214,16 @@ def command(folder, precision, iterations=10**6, **settings):
 
 
 def disturbed(folder, args, endpoint, log):
-    """Train amid misfortunes on a disk; its checksums, the last iteration, and the Misfortunes."""
-    saved = folder / "disturbed"
-    saved.mkdir()
-    disk, nodes = Disk(saved), Soaked()
+    """Train amid misfortunes on two disks; checksums, the last iteration, and the Misfortunes."""
+    saved, said = folder / "disturbed", folder / "said"
+    disks, nodes = {"checkpoints": Disk(saved), "log": Disk(said)}, Soaked()
     with fault_proxy(endpoint) as proxy:
         there = {"RAY_ADDRESS": nodes.address, "AWS_ENDPOINT_URL": proxy.url}
-        line = command(saved, args.precision, PACE=PACE)
-        driver, rng = Driver(line, os.environ | there, log), random.Random(args.seed)
+        line = command(saved, args.precision, pace=PACE)
+        driver = Driver(line, os.environ | there, said / "log", log)
         proxy.faults = weather = Weather(driver.reads)
-        misfortunes = Misfortunes(driver, nodes, weather, disk, rng, folder, log)
+        rng = random.Random(args.seed)
+        misfortunes = Misfortunes(driver, nodes, weather, disks, rng, folder, log)
         try:
             disturb(misfortunes, args.minutes)
             last = max(int(path.stem[5:]) for path in (saved / "checkpoints").glob("ckpt-*.index"))
@@ -217,7 +231,8 @@ def disturbed(folder, args, endpoint, log):
         finally:
             driver.kill()
             nodes.close()
-            disk.unmount()
+            for disk in disks.values():
+                disk.unmount()
 
 
 def undisturbed(folder, args, iterations, log):
@@ -268,7 +283,7 @@ def main():
         fill_bucket(s3_client(environment), "soak", images_per_class=12)
         sums, last, misfortunes = disturbed(folder, args, environment["AWS_ENDPOINT_URL"], log)
         equal = undisturbed(folder, args, last, log) == sums
-    if not misfortunes.disk.small:
+    if not all(disk.small for disk in misfortunes.disks.values()):
         print("No disk of its own could be mounted (this takes root): it was never full")
     print_table(misfortunes, equal, last)
     sys.exit(0 if equal and not log.flaws else 1)

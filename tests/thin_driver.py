@@ -1,12 +1,16 @@
 """driver.py with the thin network as a program: NAME=VALUE sets a constant, then come the flags.
 
-Two settings are no constants. PAUSES=[(iteration, phase), line, ...]: the run stands still after the
+Three settings are no constants. PAUSES=[(iteration, phase), line, ...]: the run stands still after the
 phase, or after a line that starts so, until a line comes on standard input. So a test decides what
-happens when. NOTES=folder: its workers are those of `noting_worker`.
+happens when. NOTES=folder: its workers are those of `noting_worker`. PACE=seconds: an iteration takes
+at least so long, and nothing else is added to the run, as benchmarks/soak.py wants it.
+SIGUSR1 prints where each thread is.
 """
 
 import ast
+import faulthandler
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -75,12 +79,30 @@ class Report(results.Report):
             time.sleep(3)
 
 
+class Paced(results.Report):
+    """Stands still at the end of an iteration that was quick, so that misfortunes find it at work."""
+
+    def __init__(self, seconds):
+        """`seconds` is the least that an iteration takes."""
+        super().__init__()
+        self.seconds, self.next = seconds, 0
+
+    def iteration(self, iteration, *numbers):
+        """Say and draw all as ever, then wait."""
+        super().iteration(iteration, *numbers)
+        time.sleep(max(0, self.next - time.monotonic()))
+        self.next = time.monotonic() + self.seconds
+        self.resume()  # the wait is no part of an iteration
+
+
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     driver.LAYERS, driver.NUM_CLASSES, driver.ACCURACY_EVERY = support.THIN, 10, 5
     driver.PRECISION, driver.MINI_BATCH = "float32", support.MINI_BATCH  # on any CPU
     settings = [argument for argument in sys.argv[1:] if argument.split("=")[0].isupper()]
     values = {name: ast.literal_eval(value) for name, value in (s.split("=", 1) for s in settings)}
-    report, notes = Report(values.pop("PAUSES", [])), values.pop("NOTES", None)
+    pauses, pace, notes = (values.pop(name, None) for name in ("PAUSES", "PACE", "NOTES"))
+    report = Report(pauses or []) if pace is None else Paced(pace)
     actor = support.noting_worker(Path(notes)) if notes else functions.Worker
     for name, value in values.items():
         setattr(driver, name, value)
