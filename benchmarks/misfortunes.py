@@ -78,12 +78,15 @@ class Soaked(Nodes):
 class Weather:
     """What S3 does to the requests of the next seconds: it takes the place of FaultProxy.faults."""
 
-    def __init__(self, reads):
-        """All goes well; `reads` says whether the driver has begun to read tars.
+    def __init__(self, reads, proxy, credentials):
+        """All goes well at a FaultProxy; `reads` says whether the driver has begun to read tars.
 
-        Before, its own few requests end it soon with a line, as its README says.
+        Before, its own few requests end it soon with a line, as its README says. `credentials` is the
+        path of the file that all processes have theirs from.
         """
         self._reads, self._fault, self._seconds, self._end = reads, None, 0, None
+        self._proxy, self._credentials, self._rotations = proxy, credentials, 0
+        self.rotate()
 
     def turn(self, fault, seconds):
         """From the next request on, have a fault happen to all of them for so many seconds.
@@ -101,6 +104,15 @@ class Weather:
     def stall(self):
         """Hold an answer back until the bad weather is over."""
         time.sleep(max(0, self._end - time.monotonic()))
+
+    def rotate(self):
+        """Put new credentials into the file; those before have expired."""
+        self._rotations += 1
+        access_key, new = f"soak{self._rotations}", self._credentials.with_suffix(".new")
+        new.write_text(f"[default]\naws_access_key_id={access_key}\naws_secret_access_key=x\n")
+        new.replace(self._credentials)
+        self._proxy.access_keys = [access_key]
+        return True
 
     def get(self, request, default):
         """What happens to a request, in the form that FaultProxy reads."""
@@ -121,11 +133,12 @@ class Disk:
         self.small = subprocess.run(command, capture_output=True).returncode == 0
 
     def fill(self):
-        """Leave no room on it."""
+        """Leave no room on it, nor in the last block of a log."""
         self.full = True
-        with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(b"x" * 4096)
+        for path in [self._filler, *self.folder.glob("*.log")]:
+            with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+                while True:
+                    file.write(b" " * 4096)
 
     def free(self):
         """Make room again."""
@@ -165,6 +178,7 @@ class Misfortunes:
             "S3 stands still for 15 s": partial(weather.turn, weather.stall, 15),
             "S3 answers 503 for 5 s": partial(weather.turn, "503", 5),
             "S3 resets connections for 5 s": partial(weather.turn, "reset", 5),
+            "credentials of S3 rotated": weather.rotate,
         }
         for name, disk in disks.items():
             if disk.small:

@@ -215,13 +215,14 @@ def command(folder, precision, iterations=10**6, pace=0, **settings):
 
 def disturbed(folder, args, endpoint, log):
     """Train amid misfortunes on two disks; checksums, the last iteration, and the Misfortunes."""
-    saved, said = folder / "disturbed", folder / "said"
+    saved, said, credentials = folder / "disturbed", folder / "said", folder / "credentials"
+    os.environ |= {"AWS_ACCESS_KEY_ID": "", "AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
     disks, nodes = {"checkpoints": Disk(saved), "log": Disk(said)}, Soaked()
     with fault_proxy(endpoint) as proxy:
         there = {"RAY_ADDRESS": nodes.address, "AWS_ENDPOINT_URL": proxy.url}
         line = command(saved, args.precision, pace=PACE)
-        driver = Driver(line, os.environ | there, said / "log", log)
-        proxy.faults = weather = Weather(driver.reads)
+        driver = Driver(line, os.environ | there, said / "driver.log", log)
+        proxy.faults = weather = Weather(driver.reads, proxy, credentials)
         rng = random.Random(args.seed)
         misfortunes = Misfortunes(driver, nodes, weather, disks, rng, folder, log)
         try:
