@@ -25,7 +25,7 @@ say = logging.getLogger("driver").info
 SEVERAL = -2  # the label of a name that has several, in several directories
 JPEG_BYTES = 110_000  # of an average ILSVRC-2012 photo
 HEAD = 2**20  # bytes of a tar by which the number of images in all tars is estimated
-SECOND_LABEL = re.compile(r"\.\w{3,4}[ \t]+\d+$")  # a number behind .JPEG; names may hold blanks
+SECOND_LABEL = re.compile(r"\.\w{3,4} +\d+ *$")  # a number behind .JPEG; names may hold blanks
 
 # The tars below a prefix of a source, and the key of their label file; no tars if there is no prefix.
 DataSet = namedtuple("DataSet", "source prefix label_file tars")
@@ -71,7 +71,7 @@ def list_tars(source, prefix):
 def estimate_images(source, tars):
     """About how many images some tars hold, from the sizes of all and the head of the first."""
     total = sum(tar.size for tar in tars)
-    head = source.start_of(tars[0], HEAD) if tars[0].size else b""
+    head = source.start_of(tars[0], HEAD)
     members = [member for _, member in walk(io.BytesIO(head), 0, len(head)) if member]
     ends = [member.offset_data + member.size for member in members if member.isreg()]
     whole = [end for end in ends if end <= len(head)]
@@ -206,35 +206,26 @@ def parse_labels(data, num_classes, place):
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{place}, line {line}: not text; is it a label file?") from error
-    labels, several = {}, set()
+    by_name, by_path = {}, {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        path, label = _fields(line)
-        name, here = in_directory(path).partition("/")[2], f"{place}, line {number}"
+        path, _, label = line.replace("\t", " ").strip(" ").rpartition(" ")
+        key, here = in_directory(path.rstrip(" ")), f"{place}, line {number}"
+        name = key.partition("/")[2]
         if not name or SECOND_LABEL.search(path):
             raise InputError(f"{here}: not `directory/name.JPEG label`: {shorten(line)}")
         if not (re.fullmatch("[0-9]{1,9}", label) and int(label) < num_classes):
             raise InputError(f"{here}: label {shorten(label)} is no integer in 0..{num_classes - 1}")
-        if labels.setdefault(name, int(label)) != int(label):
-            several.add(name)
-    if not labels:
+        label = int(label)
+        if by_path.setdefault(key, label) != label:
+            raise InputError(f"{here}: {shorten(key.strip('/'))} already has label {by_path[key]}")
+        if by_name.setdefault(name, label) != label:
+            by_name[name] = SEVERAL
+    if not by_name:
         raise InputError(f"{place}: holds no label; is it a label file?")
-    labels |= dict.fromkeys(several, SEVERAL)
-    for number, line in enumerate(lines if several else [], 1):
-        path, label = _fields(line)
-        key = in_directory(path)
-        if key.partition("/")[2] in several and labels.setdefault(key, int(label)) != int(label):
-            why = f"{shorten(key.strip('/'))} already has label {labels[key]}"
-            raise InputError(f"{place}, line {number}: {why}")
-    return labels
-
-
-def _fields(line):
-    """What a line of the label file has before its last field, "" if that is all, and that field."""
-    line = line.strip(" \t")
-    label = line.replace("\t", " ").rpartition(" ")[2]
-    return line.removesuffix(label).rstrip(" \t"), label
+    several = [path for path in by_path if by_name[path.partition("/")[2]] == SEVERAL]
+    return by_name | {path: by_path[path] for path in several}
 
 
 def shorten(text):
