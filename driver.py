@@ -7,6 +7,7 @@ modules hold the details. Edit the hyperparameters here, in the source.
 """
 
 import argparse
+import dataclasses
 import itertools
 import logging
 import math
@@ -14,7 +15,6 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:  # no file may get the number of a standard stream
@@ -65,19 +65,6 @@ LAYERS = alexnet.LAYERS  # the network's table of layers
 SEED = 0  # decides everything random: shuffle, mini-batches, crops, mirrors, dropout, initial weights
 
 
-class Plan(NamedTuple):
-    """What an iteration is, from a run's first start on, and the form in which images are stored."""
-
-    mini_batches: int
-    precision: str
-    stored: str
-
-    @property
-    def images(self):
-        """The images of an iteration."""
-        return self.mini_batches * MINI_BATCH
-
-
 def train(args, start, report, outcome, stop, cluster):
     """The write-up, chapter by chapter: load, label, shuffle, then synchronous data-parallel SGD."""
     # ---- Where to begin: at a checkpoint of the same network and seed, or at iteration 0
@@ -86,7 +73,8 @@ def train(args, start, report, outcome, stop, cluster):
     # ---- Loading ImageNet, and a held-out set if there is one: tasks run from here on
     listed = imagenet.find(args.source, args.key_prefix, args.label_file)
     listed_held_out = imagenet.find(args.source, args.val_prefix, args.val_label_file)
-    plan = plan_of(start.facts, args.source, listed.tars + listed_held_out.tars)
+    start.facts = plan = plan_of(start.facts, args.source, listed.tars + listed_held_out.tars)
+    images = plan.mini_batches * MINI_BATCH  # of an iteration
     training = load(listed, plan.stored)
     start.must_match(training.fingerprints, ["labels", "tars"] if CHECK_TARS else ["labels"])
     held_out = load(listed_held_out, plan.stored)
@@ -94,7 +82,7 @@ def train(args, start, report, outcome, stop, cluster):
 
     # ---- AlexNet: one network in each worker, and the local one, which is trained
     pool = start_workers(min(how_many_workers(), plan.mini_batches), plan.precision, cluster)
-    local = alexnet.AlexNet(LAYERS, NUM_CLASSES, rule=update_rule(plan.images))
+    local = alexnet.AlexNet(LAYERS, NUM_CLASSES, rule=update_rule(images))
     rng = functions.generator(SEED, "initial weights")
     local.restore(start.take_state() or local.initial_state(INITIAL_WEIGHTS, rng), start.iteration)
 
@@ -105,9 +93,9 @@ def train(args, start, report, outcome, stop, cluster):
 
     # ---- Training: iteration i is about the weights that i steps have made
     pool.wait()
-    epoch = sum(batch.count for batch in batches) / plan.images
-    announce(start, plan, pool.count, epoch, cluster.can_grow)
-    outcome.begin(local, ray.get(mean), start.go_on(pool.machine(), epoch=epoch, **plan._asdict()))
+    epoch = sum(batch.count for batch in batches) / images
+    announce(start, pool.count, epoch, local.rule.rate, cluster.can_grow)
+    outcome.begin(local, ray.get(mean), start.go_on(pool.machine(), plan.stored, epoch=epoch))
     settings = pool.helpers, batches, plan.mini_batches, SEED
     draw = partial(functions.draw_minibatches, *settings, MINI_BATCH)
     draw_sample = partial(functions.draw_sample, *settings, ACCURACY_SAMPLE)
@@ -141,7 +129,7 @@ def train(args, start, report, outcome, stop, cluster):
         with stop.held():  # a step is made whole
             local.apply(gradients, norm, rate)
         report.lap("apply")
-        report.iteration(iteration, losses, plan.images, norm, rate)
+        report.iteration(iteration, losses, images, norm, rate)
 
 
 def evaluate(args, start, report, outcome, stop, cluster):
@@ -179,13 +167,15 @@ def settings_of(facts):
 
 
 def plan_of(facts, source, tars):
-    """The Plan of a run: as the Facts of its checkpoint say, or what the nodes are made for."""
+    """The Facts of a run, also of its iterations: as they were, or as the nodes are made for them."""
     mini_batches = facts.mini_batches or how_many_workers()
-    precision = PRECISION or facts.precision or nodes.fastest_precision(**share())
+    precision = PRECISION or facts.precision
+    precision = precision or nodes.fastest_precision(CPUS_PER_WORKER, GPUS_PER_WORKER)
     one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
     room = partial(nodes.room_for_images, mini_batches, one_set)
     stored = imagenet.form_of_images(source, tars, STORED or facts.stored, room)
-    return Plan(mini_batches, precision, stored)
+    changes = {"mini_batches": mini_batches, "precision": precision, "stored": stored}
+    return dataclasses.replace(facts, **changes)
 
 
 def load(listed, stored):
@@ -202,21 +192,17 @@ def load(listed, stored):
     return functions.Loading(listed, loaded, imagepairs, fingerprints)
 
 
-def share():
-    """The CPUs and GPUs of one worker."""
-    return {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-
-
 def how_many_workers():
     """NUM_WORKERS, or as many as the cluster has room for."""
-    return NUM_WORKERS or max(1, sum(nodes.room_for_workers(**share()).values()))
+    return NUM_WORKERS or max(1, sum(nodes.room_for_workers(CPUS_PER_WORKER, GPUS_PER_WORKER).values()))
 
 
 def start_workers(count, precision, cluster):
     """A pool of workers, each of which begins to build its network. They end with the cluster."""
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES, "precision": precision}
     network |= {"threads": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-    setup = Setup(count, share(), network, WORKER_TIMEOUT, WORKER_WAIT, cluster.can_grow)
+    share = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
+    setup = Setup(count, share, network, WORKER_TIMEOUT, WORKER_WAIT, cluster.can_grow)
     return cluster.enter_context(Pool(setup, cluster.actor, functions.Helper))
 
 
@@ -227,11 +213,11 @@ def update_rule(images):
     return alexnet.Momentum(schedule, MOMENTUM, WEIGHT_DECAY, CLIP_NORM)
 
 
-def announce(start, plan, count, epoch, can_grow):
+def announce(start, workers, epoch, rate, can_grow):
     """Say what is about to be trained, and from where on."""
-    what = f"{plan.mini_batches} mini-batches of {MINI_BATCH} images, in {plan.precision}"
-    say(f"{count} workers; an iteration is {what}, an epoch is {epoch:.5g} iterations")
-    say(f"The learning rate is {update_rule(plan.mini_batches * MINI_BATCH).rate}")
+    what = f"{start.facts.mini_batches} mini-batches of {MINI_BATCH} images, in {start.facts.precision}"
+    say(f"{workers} workers; an iteration is {what}, an epoch is {epoch:.5g} iterations")
+    say(f"The learning rate is {rate}")
     if start.iteration:
         say(f"Resumed from {start.place} at iteration {start.iteration}")
     elif can_grow and not NUM_WORKERS:
@@ -259,12 +245,8 @@ def read_flags(argv):
         ("--log-dir", None, "write learning curves for TensorBoard to a folder"),
     ):
         parser.add_argument(flag, default=default, help=text)
-    parser.add_argument(
-        "--iterations",
-        type=int,
-        default=math.inf,
-        help="iterations in all; see README.md on evaluating",
-    )
+    hint = "iterations in all; see README.md on evaluating"
+    parser.add_argument("--iterations", type=int, default=math.inf, help=hint)
     args = parser.parse_args(argv)
     if args.iterations < 1:
         parser.error("--iterations must be 1 or more")

@@ -4,6 +4,7 @@ Everything random is drawn from a seed that is an argument: a task that runs aga
 object, makes the same object.
 """
 
+import contextlib
 import hashlib
 import logging
 import operator
@@ -26,8 +27,7 @@ import ray
 say = logging.getLogger("driver").info
 
 MARGIN = IMAGE_SIZE - CROP_SIZE  # pixels that a crop leaves out of an image, in each direction
-VALIDATION_PIECE = 200  # images of one validation request: small, so that all workers end together
-VALIDATION_STEP = 50  # images of a validation request that go through the network at once
+VALIDATION_PIECE = 50  # images of one validation request, which go through the network at once
 NO_LABEL = -1
 
 # References to `count` images, uint8 [n, 256, 256, 3] or jpegs.Jpegs of them, and to their labels
@@ -135,9 +135,7 @@ def drop_unlabelled(images, labels):
 
 def one_hot(labels, num_classes):
     """Integer labels [n] as float32 [n, num_classes]: one 1 a row."""
-    vectors = np.zeros((len(labels), num_classes), np.float32)
-    vectors[np.arange(len(labels)), labels] = 1
-    return vectors
+    return (labels[:, None] == np.arange(num_classes)).astype(np.float32)
 
 
 # ---- shuffle and mean image
@@ -350,32 +348,26 @@ class Worker(Actor):
 
     def compute_grad(self, iteration, refs, keep_probability, dropout_seed):
         """The 16 gradients of a MiniBatch's mean loss, and that loss: see `AlexNet.compute_grad`."""
-        minibatch, mean = self._get(iteration, refs)
-        with self.at_work():
-            images, y_true = self._inputs(minibatch, mean)
+        with self._inputs(iteration, refs) as (images, y_true):
             return self.network.compute_grad(images, y_true, keep_probability, dropout_seed)
 
     def print_accuracy(self, iteration, refs):
         """How many of a MiniBatch's images are right, top-1, and how many there are: int [2]."""
-        minibatch, mean = self._get(iteration, refs)
-        with self.at_work():
-            right, _ = self.network.count_hits(*self._inputs(minibatch, mean))
-            return np.array([right, len(minibatch.labels)])
+        with self._inputs(iteration, refs) as (images, y_true):
+            right, _ = self.network.count_hits(images, y_true)
+            return np.array([right, len(images)])
 
     def count_hits(self, iteration, refs):
         """How many of a MiniBatch's images are right, top-1 and top-5: int [2]."""
-        minibatch, mean = self._get(iteration, refs)
-        with self.at_work():
-            hits = np.zeros(2, int)
-            for first in range(0, len(minibatch.labels), VALIDATION_STEP):
-                step = MiniBatch(*(part[first : first + VALIDATION_STEP] for part in minibatch))
-                hits += self.network.count_hits(*self._inputs(step, mean))
-            return hits
+        with self._inputs(iteration, refs) as (images, y_true):
+            return np.array(self.network.count_hits(images, y_true))
 
-    def _get(self, iteration, refs):
+    @contextlib.contextmanager
+    def _inputs(self, iteration, refs):
+        """What the network takes, which is at work within."""
         weightref, *others = refs
         self.update_weights(iteration, [weightref])
-        return ray.get(others)
-
-    def _inputs(self, minibatch, mean):
-        return subtract_mean(minibatch, mean), one_hot(minibatch.labels, self.network.num_classes)
+        minibatch, mean = ray.get(others)
+        with self.at_work():
+            y_true = one_hot(minibatch.labels, self.network.num_classes)
+            yield subtract_mean(minibatch, mean), y_true

@@ -16,7 +16,7 @@ from measuring import NUM_CLASSES, WORKERS, Peer, initial_weights, serve, spread
 import alexnet
 import driver
 import functions
-from functions import VALIDATION_STEP
+from functions import VALIDATION_PIECE
 from machinery.cluster import joining
 from machinery.cluster.pool import Pool, Setup
 
@@ -32,8 +32,8 @@ def forward(pipe, rank, precision):
     network = alexnet.AlexNet(threads=1, precision=precision)
     network.update_weights(initial_weights(precision))
     rng = np.random.default_rng(0)
-    images = rng.normal(0, 58, (VALIDATION_STEP, 224, 224, 3)).astype(np.float32)
-    y_true = functions.one_hot(rng.integers(0, NUM_CLASSES, VALIDATION_STEP), NUM_CLASSES)
+    images = rng.normal(0, 58, (VALIDATION_PIECE, 224, 224, 3)).astype(np.float32)
+    y_true = functions.one_hot(rng.integers(0, NUM_CLASSES, VALIDATION_PIECE), NUM_CLASSES)
     serve(pipe, lambda: network.count_hits(images, y_true))
 
 
@@ -56,9 +56,9 @@ def main():
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    count, steps = args.images // BATCHES, args.images // VALIDATION_STEP // WORKERS
+    count, steps = args.images // BATCHES, args.images // VALIDATION_PIECE // WORKERS
     if not steps:
-        parser.error(f"--images must be {VALIDATION_STEP * WORKERS} or more")
+        parser.error(f"--images must be {VALIDATION_PIECE * WORKERS} or more")
     peer, pool = Peer(forward, WORKERS, args.precision), start_workers(args.precision)
     rng, batches = np.random.default_rng(0), []
     for _ in range(BATCHES):
@@ -72,7 +72,7 @@ def main():
         return count * BATCHES / (time.perf_counter() - start)
 
     def forward_passes():
-        return VALIDATION_STEP * WORKERS / peer.seconds(steps)
+        return VALIDATION_PIECE * WORKERS / peer.seconds(steps)
 
     speeds = take_turns({"validation": validation, "forward passes": forward_passes}, args.repeats)
     peer.end()
