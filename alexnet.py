@@ -200,12 +200,11 @@ class AlexNet:
         config.intra_op_parallelism_threads = threads
         config.gpu_options.allow_growth = True
         with silent_stderr():
-            if not gpus:  # or TensorFlow's eager part, which shows weights and saves, takes them all
-                tf.config.set_visible_devices([], "GPU")
-            seen = len(tf.config.list_physical_devices("GPU")) if gpus else 0
-            if seen < gpus:
+            seen = tf.config.list_physical_devices("GPU")[:gpus]
+            tf.config.set_visible_devices(seen, "GPU")  # or its eager part, which saves, takes them all
+            if len(seen) < gpus:
                 hint = "it needs pip install tensorflow[and-cuda]"
-                raise RuntimeError(f"TensorFlow sees {seen} of {gpus} GPUs: {hint}")
+                raise RuntimeError(f"TensorFlow sees {len(seen)} of {gpus} GPUs: {hint}")
             self.sess = tf.Session(graph=graph, config=config)
         graph.finalize()
 
@@ -268,14 +267,13 @@ class AlexNet:
         Its signature "serving_default" takes `images`, uint8 [n, 256, 256, 3], and gives
         `probabilities`, float32 [n, classes].
         """
-        margins = [(side - CROP_SIZE) // 2 for side in mean.shape[:2]]
-        top, left = (slice(margin, margin + CROP_SIZE) for margin in margins)
         config = tf.ConfigProto(device_count={"GPU": 0})
         with tf.Graph().as_default(), tf.Session(config=config) as sess:
             images = tf.placeholder(tf.uint8, [None, *mean.shape], "images")
             parameters = [tf.get_variable(v.op.name, v.shape) for v in self.parameters]
-            centred = tf.cast(images[:, top, left], tf.float32) - mean[top, left]
-            probabilities = tf.nn.softmax(forward(centred, parameters, self.layers))
+            centred = tf.cast(images, tf.float32) - mean
+            crops = tf.image.resize_with_crop_or_pad(centred, CROP_SIZE, CROP_SIZE)  # at the centre
+            probabilities = tf.nn.softmax(forward(crops, parameters, self.layers))
             for variable, weight in zip(parameters, self.weights(), strict=True):
                 variable.load(weight, sess)
             outputs = {"probabilities": probabilities}

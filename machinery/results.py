@@ -86,10 +86,9 @@ class Report:
         """Training begins: with an iteration, all shuffled batches, a reference to the mean image."""
         # At this mark, TensorBoard drops points of later iterations, of a run that was cut off.
         self._write(iteration, session_log=tf.SessionLog(status=tf.SessionLog.START))
-        total, self._form = self._last, "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
-        if total == math.inf:
-            total, self._form = None, "{n_fmt} iterations"
-        options = {"total": total, "initial": iteration, "bar_format": self._form}
+        known = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
+        self._form = known if self._last < math.inf else "{n_fmt} iterations"
+        options = {"total": self._last, "initial": iteration, "bar_format": self._form}
         self._bar = terminal.bar(**options, leave=False)
         self.resume()
 
