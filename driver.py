@@ -9,7 +9,6 @@ modules hold the details. Edit the hyperparameters here, in the source.
 import argparse
 import dataclasses
 import itertools
-import logging
 import math
 import os
 import signal
@@ -27,10 +26,9 @@ import imagenet
 from machinery import constants, ending, results
 from machinery.cluster import joining, nodes, tasks
 from machinery.cluster.pool import Pool, Setup
+from machinery.errors import say
 
 import ray
-
-say = logging.getLogger("driver").info
 
 NUM_WORKERS = None  # workers, and mini-batches an iteration; None: as many as the cluster has room for
 CPUS_PER_WORKER = 1  # CPUs, and so TensorFlow threads, of one worker

@@ -6,7 +6,6 @@ object, makes the same object.
 
 import contextlib
 import hashlib
-import logging
 import operator
 import zlib
 from collections import namedtuple
@@ -17,14 +16,12 @@ from machinery.cluster.adding import aligned_empty, sum_of_sets
 from machinery.cluster.helpers import Drawn
 from machinery.cluster.nodes import ACTOR, Actor
 from machinery.cluster.pool import Request
-from machinery.errors import InputError, one_line
+from machinery.errors import InputError, one_line, say
 from machinery.storage.images import CROP_SIZE, IMAGE_SIZE, gathered
 
 import cv2
 import numpy as np
 import ray
-
-say = logging.getLogger("driver").info
 
 MARGIN = IMAGE_SIZE - CROP_SIZE  # pixels that a crop leaves out of an image, in each direction
 VALIDATION_PIECE = 50  # images of one validation request, which go through the network at once

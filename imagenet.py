@@ -5,22 +5,19 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import re
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from functools import partial
 
 from machinery.cluster import tasks
-from machinery.errors import MAX_NAMED, InputError, one_line
+from machinery.errors import MAX_NAMED, InputError, one_line, say
 from machinery.storage import folder, s3, terminal
 from machinery.storage.images import IMAGE_SIZE, STORED_BYTES
 from machinery.storage.tars import A_TAR, PART, decode_part, walk
 
 import cv2
 import ray
-
-say = logging.getLogger("driver").info
 
 SEVERAL = -2  # the label of a name that has several, in several directories
 JPEG_BYTES = 110_000  # of an average ILSVRC-2012 photo

@@ -1,9 +1,11 @@
-"""What can be wrong with a run's input and surroundings, each in one line."""
+"""What can be wrong with a run's input and surroundings, each in one line; and what it says."""
 
 import contextlib
+import logging
 import os
 import re
 
+say = logging.getLogger("driver").info  # a line of the run, see results.Report.lines
 MAX_NAMED = 5  # of many things that a line names; the others are only counted
 
 

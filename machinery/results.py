@@ -8,7 +8,7 @@ import time
 from collections import deque
 from datetime import timedelta
 
-from machinery.errors import InputError, NotSaved
+from machinery.errors import InputError, NotSaved, say
 from machinery.storage import terminal
 from machinery.storage.checkpoints import Checkpoints
 from machinery.storage.export import SavedModel
@@ -16,8 +16,6 @@ from machinery.storage.places import LocalFolder, checked_place, write_errors
 from machinery.storage.tf1 import tf
 
 import numpy as np
-
-say = logging.getLogger("driver").info
 
 FOR_EVER = 1e10  # seconds of a time left that is not said
 RECENT = 50  # iterations that the time left, and the bar's speed and loss, are from
