@@ -4,7 +4,6 @@ This is the only file that uses private names of Ray.
 """
 
 import contextlib
-import logging
 import os
 import re
 import socket
@@ -12,7 +11,7 @@ import threading
 from pathlib import Path
 
 from machinery.cluster import nodes
-from machinery.errors import ClusterError, one_line, silent_stderr
+from machinery.errors import ClusterError, one_line, say, silent_stderr
 
 import ray
 
@@ -22,8 +21,6 @@ from ray._private.utils import read_ray_address
 # A question to a head with a limit of time; ray.init tries for 14 minutes.
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
-
-say = logging.getLogger("driver").info
 
 
 class Cluster(contextlib.ExitStack):

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import logging
 import math
 import os
 import platform
@@ -14,13 +13,11 @@ from collections import Counter, namedtuple
 from importlib import metadata
 from pathlib import Path
 
-from machinery.errors import ClusterError, one_line
+from machinery.errors import ClusterError, one_line, say
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-say = logging.getLogger("driver").info
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
 CONNECT = 5  # seconds in which a process on a healthy node can be connected to

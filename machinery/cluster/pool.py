@@ -1,7 +1,6 @@
 """The workers of a run, as the driver sees them: a pool that shares out an iteration's requests and
 replaces the lost."""
 
-import logging
 import math
 import time
 from collections import Counter, deque, namedtuple
@@ -12,13 +11,11 @@ from machinery.cluster.adding import aligned_empty, all_finite, mean_of
 from machinery.cluster.helpers import Helpers
 from machinery.cluster.nodes import first_line, lives
 from machinery.cluster.tasks import Waiting
-from machinery.errors import ClusterError, InputError
+from machinery.errors import ClusterError, InputError, say
 
 import numpy as np
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
-
-say = logging.getLogger("driver").info
 
 LEFT_FREE = 0.1  # of the CPUs that a worker uses, for ten data tasks beside it
 CRASHES = 3  # of workers with one request, after which it is given up

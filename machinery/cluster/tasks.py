@@ -2,19 +2,16 @@
 
 import contextlib
 import faulthandler
-import logging
 import math
 import tempfile
 import time
 from pathlib import Path
 
 from machinery.cluster import nodes
-from machinery.errors import ClusterError, InputError
+from machinery.errors import ClusterError, InputError, say
 
 import ray
 from ray import cloudpickle
-
-say = logging.getLogger("driver").info
 
 # An actor holds its CPUs for life. A worker leaves a tenth of one free, and a data task asks for a
 # hundredth, so that data tasks always find room beside workers: to rebuild a lost block, too.

@@ -3,16 +3,13 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from machinery.errors import InputError, one_line
+from machinery.errors import InputError, one_line, say
 from machinery.storage.places import as_they_end, open_place, write_errors
 from machinery.storage.tf1 import tf
-
-say = logging.getLogger("driver").info
 
 FLAG = "--checkpoint-dir"
 STATE = "checkpoint"  # the file in which TensorFlow looks for the names of checkpoints

@@ -5,22 +5,19 @@ They are tried at the start of a run, the way that they will be used.
 
 import contextlib
 import fcntl
-import logging
 import re
 import tempfile
 import uuid
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
-from machinery.errors import InputError, one_line
+from machinery.errors import InputError, one_line, say
 from machinery.storage.s3 import AHEAD, PATIENT, PIECE, read_object, s3_errors, s3_resource
 from machinery.storage.tf1 import tf
 
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import ClientError
-
-say = logging.getLogger("driver").info
 
 # One plain put for a file of up to 4 GB: not every S3-compatible store knows uploads in parts.
 PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
