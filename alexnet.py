@@ -48,11 +48,10 @@ def are_layers(value):
         flags = {flag for kind, *row in value if kind == "conv" for flag in row[3:]}
         sizes = [size for shape in weight_shapes(value, 1) for size in shape]
         kinds = [kind for kind, *_ in value]
-        known = flags <= {"pool"} and {*kinds} <= {"conv", "dense"}
-        dense_last = kinds[-1:] == ["dense"] and kinds == sorted(kinds)
+        dense_last = kinds == sorted(kinds) and {"dense"} <= {*kinds} <= {"conv", "dense"}
     except Exception:  # a table can be wrong in any way
         return False
-    return known and dense_last and all(type(size) is int and size >= 1 for size in sizes)
+    return flags <= {"pool"} and dense_last and all(type(n) is int and n >= 1 for n in sizes)
 
 
 def set_bytes(layers, num_classes, precision):
@@ -110,15 +109,13 @@ def seeded_dropout(x, keep_probability, seed):
 class Schedule:
     """The learning rate of each iteration, where an iteration has `images` images.
 
-    Its peak is `rate` times (images / base) to the `power`: 1 keeps the step of an image (Goyal et al.
-    2017, section 2.1), 0.5 keeps the variance of a step (Krizhevsky 2014), and 0 is the same rate for
-    any number of images. A peak above `rate` is reached from there, in equal steps over the first
-    `warm_up` images (Goyal et al., section 2.2). From each of `drops` on, which are numbers of images,
-    too, the rate is a tenth of what it was (paper, section 5).
+    Its peak is `rate`, which is for `base` images, times (images / base) to the `power`: 1 keeps the
+    step of an image (Goyal et al. 2017, section 2.1), 0.5 the variance of a step (Krizhevsky 2014). A
+    peak above `rate` is reached from there, in equal steps over the first `warm_up` images (Goyal et
+    al., section 2.2). From each of `drops` on, numbers of images, it is a tenth of what it was.
     """
 
     def __init__(self, rate, base, power, warm_up, drops, images):
-        """Take the hyperparameters; `base` is the number of images that `rate` is for."""
         self.peak = rate * (images / base) ** power
         self._first, self._warm_up, self._drops = min(rate, self.peak), warm_up, drops
         self._images = images
@@ -146,11 +143,10 @@ class Momentum:
     v = m v - rate g, w = w + v, where g is the mean gradient plus `weight_decay` times the kernels (as
     in Caffe, biases do not decay), shortened to `clip_norm` if it is longer. So momentum keeps steps,
     with the rates of their time; TensorFlow's own optimizer keeps sums of gradients, to which a new
-    rate applies at once.
+    rate applies at once. `rate` is a Schedule.
     """
 
     def __init__(self, rate, momentum, weight_decay, clip_norm):
-        """Take the hyperparameters; `rate` is a Schedule."""
         self.rate, self.momentum = rate, momentum
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
 
@@ -188,8 +184,8 @@ class AlexNet:
         """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
         `rule` is what `apply` does; a network that only computes gradients needs none. `precision` is
-        the type of parameters, products and gradients, "float32" or "bfloat16". A network with a rule
-        is in float32: bfloat16 is too coarse to add small steps to.
+        the type of parameters, products and gradients, "float32" or "bfloat16", which is too coarse
+        for a rule: it cannot add small steps to weights.
         """
         self.layers, self.num_classes, self.rule = layers, num_classes, rule
         self.iteration = 0  # how many steps have made the weights; None if one has failed halfway
@@ -211,9 +207,9 @@ class AlexNet:
     def weights(self, precision="float32"):
         """The 16 weights in a precision, bfloat16 as its bits (see `as_bits`).
 
-        In the network's own precision they are read-only views of its variables. TensorFlow copies a
-        variable before it changes it while a view is held. Copies, as a session fetches them, would
-        make an iteration of 774 ms take 998 (float32, `benchmarks/step.py` with and without views).
+        In the network's own precision they are read-only views of its variables: with the copies that a
+        session fetches, an iteration took 998 ms instead of 774 (float32, `benchmarks/step.py`).
+        TensorFlow copies a variable before it changes it while a view is held.
         """
         self.sess.run(self._show[precision])
         shown, self._shown = self._shown, None

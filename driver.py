@@ -254,10 +254,10 @@ def read_flags(argv):
 def main(argv=None, report=None, actor=functions.Worker):
     """Train as the command line says.
 
-    `report` is a results.Report: what watches the run, or measures it, hands in its own. `actor` is the
-    class of the workers: a benchmark of all but computing hands in one that computes nothing. Raises
-    InputError or ClusterError where it cannot train, NotSaved where it has trained but cannot save,
-    KeyboardInterrupt after a signal, BrokenPipeError once nobody reads the output.
+    `report` is a results.Report, and `actor` the class of the workers: who watches or measures the run
+    hands in others. Raises InputError or ClusterError where it cannot train, NotSaved where it has
+    trained but cannot save, KeyboardInterrupt after a signal, BrokenPipeError once nobody reads the
+    output.
     """
     args, report = read_flags(argv), report or results.Report()
     with report.lines(), ending.Stop() as stop:

@@ -154,17 +154,14 @@ def shuffle_round(batches, seed, number):
     """The batches, permuted and mixed two by two; an odd one out waits for the next round.
 
     Round 0 permutes at random. A later one deals the list into two, so that two batches that were just
-    mixed with each other meet new ones, and after r rounds a batch has images of 2^r. The write-up
-    permutes at random each time, where partners meet again, and pairs the permuted list with the
-    original one, where a batch stands in two pairs: images are lost and doubled.
+    mixed with each other meet new ones, and after r rounds a batch has images of 2^r.
     """
     if number == 0:
         permuted = [batches[i] for i in generator(seed, "permute").permutation(len(batches))]
     else:
         permuted = batches[::2] + batches[1::2]
     mixed = permuted[len(permuted) // 2 * 2 :]
-    for pair in range(len(permuted) // 2):
-        a, b = permuted[2 * pair : 2 * pair + 2]
+    for pair, (a, b) in enumerate(zip(permuted[::2], permuted[1::2], strict=False)):
         refs, key = (a.images, a.labels, b.images, b.labels), (seed, "mix", number, pair)
         xa, ya, xb, yb = tasks.start(shuffle_pair, *refs, key, num_returns=4)
         mixed += [Batch(xa, ya, a.count), Batch(xb, yb, b.count)]
@@ -227,8 +224,7 @@ def subtract_mean(minibatch, mean):
 
 
 def draw_minibatches(helpers, batches, count, seed, size, iteration):
-    """An iteration's `count` Drawn mini-batches: `size` random images of a random batch, each cropped
-    and mirrored at random (paper, section 4.1)."""
+    """An iteration's Drawn mini-batches: random crops of random images (paper, section 4.1)."""
     chosen = random_batches(batches, [(seed, "batch", iteration, i) for i in range(count)])
     drawn = []
     for index, (batch, helper) in enumerate(zip(chosen, helpers.holding(chosen), strict=True)):

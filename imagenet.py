@@ -119,7 +119,7 @@ def report_loading(data, loaded):
     Returns all parts of all tars, in order. Shows how far it is, by a progress bar on a terminal and by
     lines elsewhere, and then says what was left out and why.
     """
-    parts, reports, count, ended = [[part] for part in loaded], [], len(loaded), 0
+    parts, reports, count = [[part] for part in loaded], [], len(loaded)
     numbers = {part.report: number for number, part in enumerate(loaded)}
     left = set(numbers)
 
@@ -130,17 +130,18 @@ def report_loading(data, loaded):
 
     with terminal.bar(total=len(left), desc="Loading", unit="tar") as bar:
         for ref in tasks.wait(left, what):
-            reports.append(ray.get(ref))
-            number, rest = numbers[ref], reports[-1]["rest"]
+            number, report = numbers[ref], ray.get(ref)
+            reports.append(report)
             images = sum(report["images"] for report in reports)
             bar.set_postfix(images=images, refresh=False)
-            if rest is not None:
-                parts[number].append(part := parts[number][-1].more(rest))
+            if report["rest"] is not None:
+                part = parts[number][-1].more(report["rest"])
+                parts[number].append(part)
                 numbers[part.report] = number
                 left.add(part.report)
                 continue
-            ended += 1
             bar.update()
+            ended = count - len(left)
             if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
                 say(f"Loading: {ended} of {count} tars, {images} images")
     say_left_out(data.source, reports)

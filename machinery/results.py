@@ -33,9 +33,8 @@ class Report:
     """
 
     def __init__(self):
-        """Say all on standard output; `draw` adds learning curves."""
         self.curves, self.lost_curves, self._lost_lines = None, False, 0
-        self._seconds, self._since = {}, 0
+        self._seconds, self._since = {}, 0  # of each phase of this iteration; when the last one ended
         self._last, self._epoch, self._bar = math.inf, None, None
         self._recent = deque(maxlen=RECENT)  # (seconds, loss) of iterations
 
@@ -58,12 +57,11 @@ class Report:
 
         BrokenPipeError if nobody reads any more.
         """
+        if self._lost_lines:  # below half a line, maybe
+            line = f"\n{self._lost_lines} lines are lost: standard output could not be written\n{line}"
         try:
-            if self._lost_lines:  # below half a line, maybe
-                lost = f"\n{self._lost_lines} lines are lost: standard output could not be written"
-                terminal.say(lost)
-                self._lost_lines = 0
             terminal.say(line)
+            self._lost_lines = 0
         except BrokenPipeError:
             raise
         except OSError:
@@ -135,7 +133,7 @@ class Report:
 
     def _time_left(self, iteration):
         """The time left in words, "" if not known; a lost worker does not move the median."""
-        if self._last == math.inf or not self._recent:
+        if not self._recent:
             return ""
         seconds = (self._last - iteration) * np.median([seconds for seconds, _ in self._recent])
         return f"{timedelta(seconds=round(seconds))} left" if seconds < FOR_EVER else ""
@@ -145,10 +143,9 @@ class Report:
         self._write(iteration, summary=tf.Summary(value=values))
 
     def _write(self, iteration, **content):
-        """Write an event, to disk at once: a driver that is killed loses none.
+        """Write an event to the disk at once. TensorFlow's own writer ends its thread at an error.
 
-        After an error of the disk, at which TensorFlow's own writer ends its thread with a traceback,
-        the next event opens another file, and TensorBoard reads both.
+        After one, the next event opens another file: TensorBoard reads both.
         """
         if not self.curves:
             return

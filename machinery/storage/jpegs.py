@@ -4,13 +4,12 @@ import numpy as np
 
 
 class Jpegs:
-    """n images uint8 [height, width, 3] RGB as JPEGs: an eighth of the memory of their pixels.
+    """A list of JPEGs (bytes or uint8 arrays) of one size [height, width], in an eighth of the memory.
 
-    They read like the array of their pixels: `shape`, `len`, and an image by its number.
+    They read like the array uint8 [n, height, width, 3] RGB: `shape`, `len`, an image by its number.
     """
 
     def __init__(self, jpegs, size):
-        """Take a list of JPEGs (bytes or uint8 arrays) of images of a size [height, width]."""
         self._data = np.concatenate([np.frombuffer(jpeg, np.uint8) for jpeg in [b"", *jpegs]])
         self._ends = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=int)
         self._size = tuple(size)
