@@ -300,10 +300,8 @@ class AlexNet:
         self.placeholders = [tf.placeholder(precision, shape) for shape in shapes]
         kinds = [*(kind for kind, *_ in layers), "dense"]
         names = [f"{kind}{i}/{part}" for i, kind in enumerate(kinds, 1) for part in ("kernel", "bias")]
-        self.parameters = [
-            tf.get_variable(name, shape, precision, tf.zeros_initializer())
-            for name, shape in zip(names, shapes, strict=True)
-        ]
+        named, zeros = zip(names, shapes, strict=True), tf.zeros_initializer()
+        self.parameters = [tf.get_variable(name, shape, precision, zeros) for name, shape in named]
         self._show = {}  # the operations that leave the weights in `_shown`, by precision
         for kind in ("float32", "bfloat16"):
             seen = [tf.cast(v, kind) for v in self.parameters]  # a function sees variables, not copies

@@ -316,8 +316,8 @@ class Helper(Actor):
 class Worker(Actor):
     """An actor: one network in its own session, in its own process, for as long as the run lasts.
 
-    `refs` of a request are those of all that it is about: the weights, a MiniBatch, the mean image. A
-    restarted worker, which has missed `update_weights`, loads them first: it never computes on others.
+    `refs` of a request are those of all that it is about: the weights, a MiniBatch, the mean image. So
+    a restarted worker, which has missed `update_weights`, never computes on others.
     """
 
     def __init__(self, network):
@@ -329,8 +329,7 @@ class Worker(Actor):
     def update_weights(self, iteration, weightrefs, passed_on=()):
         """Load an iteration's weights, whose reference is in a list, unless they are loaded already.
 
-        `passed_on` has a reference, or none, that resolves once they are on this node. TensorFlow reads
-        them in the object store, without a copy.
+        `passed_on` has a reference, or none, that resolves once they are on this node.
         """
         if self.iteration != iteration:
             ray.wait(list(passed_on))

@@ -27,10 +27,7 @@ SECOND_LABEL = re.compile(r"\.\w{3,4} +\d+ *$")  # a number behind .JPEG; names 
 # The tars below a prefix of a source, and the key of their label file; no tars if there is no prefix.
 DataSet = namedtuple("DataSet", "source prefix label_file tars")
 
-# References to what a load task makes of one part of a tar: n images uint8 [n, height, width, 3] RGB,
-# or Jpegs; n names as `in_directory` has them; a dict of `key`, `images` (n), `left_out` (a count),
-# `named` (the first few of those) and `rest` (where the next part begins, or None). `more(rest)` loads
-# that part.
+# References to what `load_tarfile` makes of one part of a tar, and a function that loads the next one.
 Loaded = namedtuple("Loaded", "images filenames report more")
 
 
@@ -78,8 +75,8 @@ def estimate_images(source, tars):
 def form_of_images(source, tars, stored, room):
     """The form to store images of some tars in: `stored`, or pixels if they fit, where that is None.
 
-    `room` tells for how many bytes of images the object stores have room, beside batches of so many
-    bytes each. Says what the images take of memory, and of disk if there is too little room.
+    `room` tells for how many bytes of images there is room beside batches of so many bytes each. Says
+    what the images take of memory, and of disk if there is too little room.
     """
     images = estimate_images(source, tars)
     in_batch = min(images / len(tars), PART.images)
@@ -97,8 +94,8 @@ def form_of_images(source, tars, stored, room):
 def load_tarfiles_from_s3(source, tars, size=(IMAGE_SIZE, IMAGE_SIZE), stored="pixels"):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
-    A large tar takes one task after the other: these Loaded are its first parts. `size` is [height,
-    width] of the images, `stored` is their form, "pixels" or "jpeg".
+    These are the first parts of large tars. `size` is [height, width] of the images, `stored` is their
+    form, "pixels" or "jpeg".
     """
 
     def load(tar, start=0):
@@ -116,8 +113,7 @@ def _place(source, tar):
 def report_loading(data, loaded):
     """Wait for the tars of a DataSet, a Loaded for each, and start to load the rest of large ones.
 
-    Returns all parts of all tars, in order. Shows how far it is, by a progress bar on a terminal and by
-    lines elsewhere, and then says what was left out and why.
+    Returns all parts of all tars, in order. Shows how far it is, and says what was left out and why.
     """
     parts, reports, count = [[part] for part in loaded], [], len(loaded)
     numbers = {part.report: number for number, part in enumerate(loaded)}
@@ -163,7 +159,12 @@ def say_left_out(source, reports):
 
 
 def load_tarfile(source, tar, start, size, stored):
-    """What a load task does: a part of a Tar as images, their names and a report, as in Loaded."""
+    """What a load task makes of the part of a Tar that begins at a byte: images, names, a report.
+
+    The n images are uint8 [n, height, width, 3] RGB or Jpegs, their names as `in_directory` has them.
+    The report is a dict of `key`, `images` (n), `left_out` (a count), `named` (the first few of those)
+    and `rest` (where the next part begins, or None).
+    """
     cv2.setNumThreads(1)  # tasks run side by side
     with contextlib.closing(source.open(tar)) as file:
         images, paths, left_out, rest = decode_part(file, size, stored, start)
@@ -173,8 +174,8 @@ def load_tarfile(source, tar, start, size, stored):
     directory = tar.key.rpartition("/")[2].removesuffix(".tar")  # a tar of ImageNet is that of a class
     names = [in_directory(path, directory) for path in paths]
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
-    counts = {"images": len(names), "left_out": len(left_out)}
-    return images, names, {"key": tar.key, "named": named, "rest": rest} | counts
+    report = {"key": tar.key, "images": len(names), "left_out": len(left_out), "named": named}
+    return images, names, report | {"rest": rest}
 
 
 def in_directory(path, outside=""):
