@@ -165,7 +165,7 @@ def settings_of(facts):
 
 
 def plan_of(facts, source, tars):
-    """The Facts of a run, also of its iterations: as they were, or as the nodes are made for them."""
+    """Facts with mini-batches, precision and form of the images: as they were, or as fits the nodes."""
     mini_batches = facts.mini_batches or how_many_workers()
     precision = PRECISION or facts.precision
     precision = precision or nodes.fastest_precision(CPUS_PER_WORKER, GPUS_PER_WORKER)
