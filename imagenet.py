@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict, namedtuple
+from collections import namedtuple
 from functools import partial
 
 from machinery.cluster import tasks
@@ -115,9 +115,9 @@ def report_loading(data, loaded):
 
     Returns all parts of all tars, in order. Shows how far it is, and says what was left out and why.
     """
-    parts, reports, count = [[part] for part in loaded], [], len(loaded)
+    parts, reports = [[part] for part in loaded], [[] for _ in loaded]  # of each tar
     numbers = {part.report: number for number, part in enumerate(loaded)}
-    left = set(numbers)
+    left, count, images = set(numbers), len(loaded), 0
 
     def what():
         first = [data.tars[number] for number in sorted(numbers[ref] for ref in left)[:3]]
@@ -127,8 +127,8 @@ def report_loading(data, loaded):
     with terminal.bar(total=len(left), desc="Loading", unit="tar") as bar:
         for ref in tasks.wait(left, what):
             number, report = numbers[ref], ray.get(ref)
-            reports.append(report)
-            images = sum(report["images"] for report in reports)
+            reports[number].append(report)
+            images += report["images"]
             bar.set_postfix(images=images, refresh=False)
             if report["rest"] is not None:
                 part = parts[number][-1].more(report["rest"])
@@ -140,30 +140,27 @@ def report_loading(data, loaded):
             ended = count - len(left)
             if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
                 say(f"Loading: {ended} of {count} tars, {images} images")
-    say_left_out(data.source, reports)
-    return [part for some in parts for part in some]
+    say_left_out(data, reports)
+    return [part for of_tar in parts for part in of_tar]
 
 
-def say_left_out(source, reports):
-    """Name what was left out of the first few tars, from all parts' reports, and count the rest."""
-    counts, named = Counter(), defaultdict(list)
-    for report in reports:
-        counts[report["key"]] += report["left_out"]
-        named[report["key"]] += report["named"]
-    spoilt = sorted(+counts)  # those with a count above 0
-    for key in spoilt[:MAX_NAMED]:
-        names = "; ".join(named[key][:MAX_NAMED])
-        say(f"{source}/{one_line(key)}: {counts[key]} left out: {names}")
+def say_left_out(data, reports):
+    """Name what was left out of the first few tars, from the reports of their parts; count the rest."""
+    counts = [sum(report["left_out"] for report in of_tar) for of_tar in reports]
+    spoilt = [number for number, count in enumerate(counts) if count]
+    for number in spoilt[:MAX_NAMED]:
+        named = [name for report in reports[number] for name in report["named"]][:MAX_NAMED]
+        say(f"{_place(data.source, data.tars[number])}: {counts[number]} left out: {'; '.join(named)}")
     if more := spoilt[MAX_NAMED:]:
-        say(f"{sum(counts[key] for key in more)} left out of {len(more)} more tars")
+        say(f"{sum(counts[number] for number in more)} left out of {len(more)} more tars")
 
 
 def load_tarfile(source, tar, start, size, stored):
     """What a load task makes of the part of a Tar that begins at a byte: images, names, a report.
 
     The n images are uint8 [n, height, width, 3] RGB or Jpegs, their names as `in_directory` has them.
-    The report is a dict of `key`, `images` (n), `left_out` (a count), `named` (the first few of those)
-    and `rest` (where the next part begins, or None).
+    The report is a dict of `images` (n), `left_out` (a count), `named` (the first few of those), and
+    `rest` (where the next part begins, or None).
     """
     cv2.setNumThreads(1)  # tasks run side by side
     with contextlib.closing(source.open(tar)) as file:
@@ -174,8 +171,8 @@ def load_tarfile(source, tar, start, size, stored):
     directory = tar.key.rpartition("/")[2].removesuffix(".tar")  # a tar of ImageNet is that of a class
     names = [in_directory(path, directory) for path in paths]
     named = [f"{one_line(name)[:100]}: {why}" for name, why in left_out[:MAX_NAMED]]
-    report = {"key": tar.key, "images": len(names), "left_out": len(left_out), "named": named}
-    return images, names, report | {"rest": rest}
+    report = {"images": len(names), "left_out": len(left_out), "named": named, "rest": rest}
+    return images, names, report
 
 
 def in_directory(path, outside=""):

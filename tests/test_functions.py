@@ -82,7 +82,7 @@ def test_match_drops_unlabelled_images_and_empty_batches(one_ray, said, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
     names = [["t/a", "t/b"], ["t/c", "t/x", "t/d"], ["t/y"], []]
     pairs = ray.put(functions.label_table({"a": 0, "b": 1, "c": 2, "d": 3}))
-    report = {"key": "a.tar", "images": 1, "left_out": 0, "named": [], "rest": None}
+    report = {"images": 1, "left_out": 0, "named": [], "rest": None}
     loaded = [
         imagenet.Loaded(i, ray.put(some), ray.put(report), None)
         for i, some in zip(images, names, strict=True)

@@ -96,13 +96,13 @@ def test_load_returns_images_names_and_a_report(one_ray, s3, bucket):
     one, other = (ray.get(list(tar[:3])) for tar in loaded)
     images, *rest = one
     assert images.shape == (3, 256, 256, 3) and images.dtype == np.uint8
-    report = {"key": "train/a.tar", "images": 3, "left_out": 0, "named": [], "rest": None}
+    report = {"images": 3, "left_out": 0, "named": [], "rest": None}
     assert rest == [["n1/n1_1.JPEG", "n1/n1_2.JPEG", "sub/n1_3.JPEG"], report]
     images, *rest = other
     assert images.shape == (1, 256, 256, 3)
     assert rest == [
         ["é +%25 x/n2_1.JPEG"],
-        {"key": odd, "images": 1, "left_out": 0, "named": [], "rest": None},
+        {"images": 1, "left_out": 0, "named": [], "rest": None},
     ]
 
 
@@ -178,20 +178,16 @@ def test_changed_object_is_noticed_by_its_etag(one_ray, s3, bucket):
 
 def report_all(reports):
     """What is said of a load, in which only the reports of its tasks matter."""
-    whole = {"key": "a.tar", "images": 3, "left_out": 0, "named": [], "rest": None}
+    whole = {"images": 3, "left_out": 0, "named": [], "rest": None}
     loaded = [imagenet.Loaded(None, None, ray.put(whole | report), None) for report in reports]
-    tars = [Tar(f"{number}.tar", None, 0) for number in range(len(loaded))]
+    tars = [Tar(f"{number:02}\n.tar", None, 0) for number in range(len(loaded))]
     with results.Report().lines():
         imagenet.report_loading(imagenet.DataSet(Bucket("b", {}), "", None, tars), loaded)
 
 
 @pytest.mark.parametrize("left_out", [0, 7])
 def test_report_counts_and_names_what_is_left_out(one_ray, capsys, left_out):
-    reports = [
-        {"key": f"{i:02}\n.tar", "left_out": left_out, "named": ["x: cut", "y: no image"]}
-        for i in range(20)
-    ]
-    report_all(reports)
+    report_all([{"left_out": left_out, "named": ["x: cut", "y: no image"]}] * 20)
     lines = capsys.readouterr().out.splitlines()
     progress = [line for line in lines if line.startswith("Loading")]
     assert len(progress) == 10 and progress[-1] == "Loading: 20 of 20 tars, 60 images"
