@@ -93,7 +93,7 @@ def train(args, start, report, outcome, stop, cluster):
     pool.wait()
     epoch = sum(batch.count for batch in batches) / images
     announce(start, pool.count, epoch, local.rule.rate, cluster.can_grow)
-    outcome.begin(local, ray.get(mean), start.go_on(pool.machine(), plan.stored, epoch=epoch))
+    outcome.begin(local, ray.get(mean), start.go_on(pool.machine(), epoch))
     settings = pool.helpers, batches, plan.mini_batches, SEED
     draw = partial(functions.draw_minibatches, *settings, MINI_BATCH)
     draw_sample = partial(functions.draw_sample, *settings, ACCURACY_SAMPLE)

@@ -64,10 +64,10 @@ class Start:
             say(f"From here on {' and '.join(new)}: the checkpoints in {self.place} do not say it")
         self.run |= run
 
-    def go_on(self, machine, stored, **facts):
+    def go_on(self, machine, epoch):
         """The Facts of the run from here on, on a machine that is described by a dict of texts."""
-        self.must_match({"STORED": repr(stored), **machine})
-        return dataclasses.replace(self.facts, stored=stored, run=self.run, **facts)
+        self.must_match({"STORED": repr(self.facts.stored), **machine})
+        return dataclasses.replace(self.facts, run=self.run, epoch=epoch)
 
     def take_state(self):
         """The network's state, which is let go here: it takes 500 MB."""
