@@ -184,8 +184,8 @@ class AlexNet:
         """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
         `rule` is what `apply` does; a network that only computes gradients needs none. `precision` is
-        the type of parameters, products and gradients, "float32" or "bfloat16", which is too coarse
-        for a rule: it cannot add small steps to weights.
+        the type of parameters, products and gradients, "float32" or "bfloat16". A rule needs float32:
+        bfloat16 is too coarse to add small steps to.
         """
         self.layers, self.num_classes, self.rule = layers, num_classes, rule
         self.iteration = 0  # how many steps have made the weights; None if one has failed halfway
