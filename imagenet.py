@@ -65,7 +65,7 @@ def list_tars(source, prefix):
 def estimate_images(source, tars):
     """About how many images some tars hold, from the sizes of all and the head of the first."""
     total = sum(tar.size for tar in tars)
-    head = source.start_of(tars[0], HEAD)
+    head = source.start_of(tars[0], HEAD) if tars[0].size else b""
     members = [member for _, member in walk(io.BytesIO(head), 0, len(head)) if member]
     ends = [member.offset_data + member.size for member in members if member.isreg()]
     whole = [end for end in ends if end <= len(head)]
