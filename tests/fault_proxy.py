@@ -46,6 +46,9 @@ class FaultProxy(ThreadingHTTPServer):
     | "cut"    | has its connection closed in the middle of the body          |
     | "stall"  | gets half the body and then nothing, on an open connection   |
     | callable | gets the answer, after the call, so with what was there then |
+    | a tuple  | gets this status, code and, if it is there, message          |
+
+    If `access_keys` names some, then the credentials of all others have expired.
     """
 
     daemon_threads = True
@@ -53,10 +56,13 @@ class FaultProxy(ThreadingHTTPServer):
     def __init__(self, endpoint):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.endpoint, self.url = endpoint, f"http://127.0.0.1:{self.server_port}"
-        self.faults, self.always, self.requests = {}, {}, []
+        self.faults, self.always, self.requests, self.access_keys = {}, {}, [], None
         self.lock, self.closing = threading.Lock(), threading.Event()
 
-    def next_fault(self, method, key):
+    def next_fault(self, method, key, headers):
+        signed_by = (f"Credential={access_key}/" for access_key in self.access_keys or [])
+        if self.access_keys and not any(text in headers["Authorization"] for text in signed_by):
+            return (400, "ExpiredToken")
         with self.lock:
             return next(self.faults.get((method, key), iter(())), self.always.get(method))
 
@@ -84,12 +90,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):  # noqa: N802, the name is BaseHTTPRequestHandler's
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         key = urlsplit(self.path).path.rpartition("/")[2]
-        fault = self.server.next_fault(self.command, key)
         headers = dict(self.headers)
+        fault = self.server.next_fault(self.command, key, headers)
         request = Request(self.command, self.path, key, self.headers["Range"], fault, headers)
         self.server.requests.append(request)
         if fault in ERRORS:
             self._error(int(fault), ERRORS[fault])
+        elif isinstance(fault, tuple):
+            self._error(*fault)
         elif fault == "silent":
             self.server.closing.wait()
         elif fault != "drop":
@@ -123,8 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         if request.fault == "stall":
             self.server.closing.wait()
 
-    def _error(self, status, code):
-        body = f"<Error><Code>{code}</Code><Message>try again</Message></Error>".encode()
+    def _error(self, status, code, message="try again"):
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

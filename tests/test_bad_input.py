@@ -124,6 +124,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("status, code, why", ANSWERS)
 def test_bucket_is_refused(one_ray, capsys, monkeypatch, status, code, why):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")  # "slow down" is borne for minutes without that
     with answering(status, code) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         line = one_error(capsys, "--s3-bucket", "theirs")

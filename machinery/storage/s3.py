@@ -3,10 +3,13 @@
 import contextlib
 import functools
 import io
+import logging
 import math
 import os
+import random
 import re
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -16,8 +19,14 @@ from machinery.errors import InputError, one_line
 import boto3
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.configprovider import ConfiguredEndpointProvider
+from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.loaders import create_loader
+from botocore.session import Session
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
+
+say = logging.getLogger("driver").info
 
 PIECE = 8 * 2**20  # bytes of one request
 AHEAD = 4  # pieces that are fetched while one is used
@@ -25,27 +34,126 @@ ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as
 
 # Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
 # A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
-# Checksums "when_required" save a HEAD request an object, which costs as much as decoding a photo, and
-# some S3-compatible stores refuse those that boto3 sends by itself.
 PATIENT = Config(
     connect_timeout=5,
     read_timeout=10,
     retries={"mode": "standard", "total_max_attempts": 10},
     max_pool_connections=32,
-    request_checksum_calculation="when_required",
-    response_checksum_validation="when_required",
 )
 # The driver's own few requests fail within a minute when nothing answers.
 IMPATIENT = PATIENT.merge(Config(retries={"mode": "standard", "total_max_attempts": 3}))
 
+SLOWLY = 14  # requests of one call, in some three minutes, that S3 may answer by "slow down"
+SLOW_DOWN = re.compile("429|503|SlowDown|Throttl|TooManyRequests|LimitExceeded")
+# The codes that tell of credentials; a HEAD request has no answer but "400".
+REFUSED = re.compile("Expired|InvalidAccessKey|Invalid.*Token|InvalidSecurity|TokenRefresh|^400$")
 
-def s3_resource(config=IMPATIENT, **where):
-    """A boto3 S3 resource of the ordinary AWS settings; `where` is an endpoint and region, if given.
+# Settings whose default is not botocore's: their name in the environment, the default, and its type.
+# Checksums "when_required" save a HEAD request an object, which costs as much as decoding a photo, and
+# some S3-compatible stores refuse those that boto3 sends by itself.
+SETTINGS = {
+    "request_checksum_calculation": ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required", None),
+    "response_checksum_validation": ("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required", None),
+    "metadata_service_timeout": ("AWS_METADATA_SERVICE_TIMEOUT", 5, int),
+}
+_loader = create_loader()  # what botocore knows of S3, which takes 100 ms to read
 
-    AWS_REGION counts before AWS_DEFAULT_REGION, as in all of AWS's tools but boto3.
+
+def _session(region=None):
+    """A new botocore session, in a region unless the settings name one.
+
+    AWS_REGION counts before AWS_DEFAULT_REGION, as in all of AWS's tools but botocore.
     """
-    where = {"region_name": os.environ.get("AWS_REGION") or None} | where
-    return boto3.resource("s3", config=config, **where)
+    regions = [name for name in ("AWS_REGION", "AWS_DEFAULT_REGION") if os.environ.get(name)]
+    settings = {name: (name, *setting) for name, setting in SETTINGS.items()}
+    session = Session(settings | {"region": ("region", regions, region, None)})
+    session.register_component("data_loader", _loader)
+    return session
+
+
+class Keys(Credentials):
+    """Credentials that are looked up for the first request, and anew once they are refused.
+
+    A look-up that fails is made again for so many seconds: what hands them out may be slow, or late.
+    """
+
+    def __init__(self, region, seconds):
+        """Nothing is looked up yet."""
+        self._region, self._seconds = region, seconds
+        self._found, self._lock = None, threading.Lock()
+
+    def load_credentials(self):
+        """What botocore asks for when it makes a client."""
+        return self
+
+    def forget(self):
+        """The next request looks them up."""
+        self._found = None
+
+    def get_frozen_credentials(self):
+        """What botocore signs a request with; ValueError if there is nothing."""
+        deadline = time.monotonic() + self._seconds
+        with self._lock:
+            while True:
+                try:
+                    found = self._found or _session(self._region).get_credentials()
+                    if not found:
+                        raise NoCredentialsError
+                    self._found = found
+                    return found.get_frozen_credentials()
+                except Exception as error:  # files, processes and services raise anything
+                    self._found = None
+                    missing = isinstance(error, NoCredentialsError | PartialCredentialsError)
+                    no_service = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
+                    if time.monotonic() > deadline or (missing and no_service):
+                        hint = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                        raise ValueError(f"{one_line(error).rstrip('.')}; {hint}") from error
+                    time.sleep(1)
+
+
+@functools.cache
+def _keys(region, seconds, environment):
+    """The Keys of all clients in an environment: a look-up may take seconds, or ask a person."""
+    return Keys(region, seconds)
+
+
+def _again(keys, most, slowly, response, attempts, **_):
+    """Seconds after which a request is made again that S3 has answered by "slow down" or "expired".
+
+    botocore calls it after each request; None leaves the decision to botocore.
+    """
+    if response is None:
+        return None
+    status, code = response[0].status_code, response[1].get("Error", {}).get("Code", "")
+    pause = min(2 ** (attempts - 1), 20)
+    if SLOW_DOWN.search(f"{status} {code}") and attempts < slowly:
+        if attempts == 4:
+            say(f"S3 answers {one_line(code)}: it is asked again for some minutes")
+        return pause * random.uniform(0.75, 1.25)
+    if REFUSED.search(code) and attempts < most:
+        keys.forget()
+        return pause
+    return None
+
+
+def s3_resource(config=IMPATIENT, region_name=None, **where):
+    """A boto3 S3 resource of the ordinary AWS settings, which count more than a Config's attempts.
+
+    `where` is an endpoint, if given.
+    """
+    session = _session(region_name)
+    set_by_user = session.get_config_variable("max_attempts")
+    if set_by_user:
+        config = config.merge(Config(retries={"mode": "standard", "total_max_attempts": set_by_user}))
+    most = config.retries["total_max_attempts"]
+    environment = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
+    keys = _keys(region_name, most * config.read_timeout, environment)
+    session.register_component("credential_provider", keys)
+    made = boto3.Session(botocore_session=session)
+    resource = made.resource("s3", config=config, region_name=region_name, **where)
+    again = functools.partial(_again, keys, most, set_by_user or SLOWLY)
+    resource.meta.client.meta.events.register_first("needs-retry.s3", again)
+    return resource
 
 
 def data_client(config=IMPATIENT, anonymous=False, requester_pays=False, **where):
@@ -68,23 +176,21 @@ def s3_location():
     Credentials are not part of it: every node has its own. AWS_NO_SIGN_REQUEST and AWS_REQUEST_PAYER,
     named as GDAL names them, say how the data is reached if not by one's own credentials and account.
     """
-    plain = s3_resource(IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta.client.meta
-    meta = s3_resource().meta.client.meta
-    where = {"region_name": meta.region_name}
-    if meta.endpoint_url != plain.endpoint_url:
-        where["endpoint_url"] = meta.endpoint_url
+    session = _session()
+    endpoint = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
+    where = {"region_name": session.get_config_variable("region"), "endpoint_url": endpoint.provide()}
     if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1"):
         where["anonymous"] = True
     if os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester":
         where["requester_pays"] = True
-    return where
+    return {name: value for name, value in where.items() if value}
 
 
 class Tar(NamedTuple):
-    """A tar, or another object, as it is listed; `size` is in bytes."""
+    """A tar, or another object, as it is listed; `size` is in bytes, `etag` None if there is none."""
 
     key: str
-    etag: str
+    etag: str | None
     size: int
 
 
@@ -109,11 +215,18 @@ class Bucket(NamedTuple):
         return f"s3://{self.name}"
 
     def keys(self, prefix):
-        """Yield all that lies below a prefix, by key, each as a Tar."""
+        """Yield all that lies below a prefix, by key, each as a Tar; says if ETags are missing."""
+        without = 0
         with s3_errors(self.name):
             pages = data_client(**self.where).get_paginator("list_objects").paginate
             for page in pages(Bucket=self.name, Prefix=prefix):
-                yield from (Tar(o["Key"], o["ETag"], o["Size"]) for o in page.get("Contents", []))
+                for listed in page.get("Contents", []):
+                    tar = Tar(listed["Key"], listed.get("ETag") or None, listed["Size"])
+                    without += tar.etag is None
+                    yield tar
+        if without:
+            unseen = "a change of what they hold is not noticed"
+            say(f"{self}/{one_line(prefix)}*: {without} keys are listed without an ETag: {unseen}")
 
     def open(self, tar):
         """A Tar as a file to read forwards."""
@@ -132,7 +245,7 @@ def read_object(client, bucket, key, path=None):
     """One object as bytes, or into a file; InputError if it is unreadable, or changes meanwhile."""
     with s3_errors(bucket, key):
         head = client.head_object(Bucket=bucket, Key=key)
-    tar = Tar(key, head["ETag"], head["ContentLength"])
+    tar = Tar(key, head.get("ETag"), head["ContentLength"])
     with contextlib.closing(S3File(client, bucket, tar)) as file:
         if path is None:
             return file.read()
@@ -190,11 +303,12 @@ class S3File:
     def _fetch(self, start):
         stop = min(start + self._piece, self._tar.size)
         what = {"Bucket": self._bucket, "Key": self._tar.key, "Range": f"bytes={start}-{stop - 1}"}
+        what |= {"IfMatch": self._tar.etag} if self._tar.etag else {}
         deadline, attempts = time.monotonic() + self._storm, 0
         while True:
             attempts += 1
             try:  # boto3 tries a request again, but not one whose body breaks off
-                data = self._client.get_object(**what, IfMatch=self._tar.etag)["Body"].read()
+                data = self._client.get_object(**what)["Body"].read()
                 if len(data) != stop - start:
                     raise ValueError("S3 has sent other bytes than it was asked for")
                 return data
@@ -225,7 +339,9 @@ def s3_errors(bucket, key=""):
         said = next((hint for codes, hint in _HINTS.items() if code in codes), one_line(error))
         if "Invalid bucket name" in str(error):
             said = "no bucket can have this name"
-        if isinstance(error, NoCredentialsError | PartialCredentialsError):
-            said += "; run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        if code and REFUSED.search(code):
+            said += "; refresh the credentials"
+        if re.search("checksum|Content-MD5", said, re.IGNORECASE):
+            said += "; set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_SUPPORTED"
         place = f"{bucket}/{one_line(key)}" if key else bucket
         raise InputError(f"s3://{place}: {said}") from error
