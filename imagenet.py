@@ -47,6 +47,8 @@ def find(source, prefix, label_file):
         return DataSet(source, prefix, label_file, [])
     tars, others = list_tars(source, prefix)
     say(f"{source}/{prefix}*: {len(tars)} tars, {others} other keys left out")
+    if not all(tar.etag for tar in tars):
+        say(f"{source}: tars are listed without ETags, so a tar that changes is not noticed")
     return DataSet(source, prefix, label_file, tars)
 
 
@@ -65,7 +67,8 @@ def list_tars(source, prefix):
 def estimate_images(source, tars):
     """About how many images some tars hold, from the sizes of all and the head of the first."""
     total = sum(tar.size for tar in tars)
-    head = source.start_of(tars[0], HEAD) if tars[0].size else b""
+    with contextlib.closing(source.open(tars[0], piece=HEAD, ahead=0)) as file:
+        head = file.read(HEAD)
     members = [member for _, member in walk(io.BytesIO(head), 0, len(head)) if member]
     ends = [member.offset_data + member.size for member in members if member.isreg()]
     whole = [end for end in ends if end <= len(head)]

@@ -16,7 +16,9 @@ or differs. A tar appears in the bucket whole or not at all; the label files com
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -31,9 +33,37 @@ from machinery.errors import MAX_NAMED, ImageError, InputError, one_line
 from machinery.storage.ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
 from machinery.storage.images import QUALITY, small_jpeg
 from machinery.storage.places import S3Folder, as_they_end
+from machinery.storage.s3 import AHEAD, PIECE
 from machinery.storage.terminal import bar, say
 
+from boto3.s3.transfer import TransferConfig
+
+PARTS = TransferConfig(multipart_chunksize=PIECE, max_concurrency=AHEAD)
 TARS_AT_ONCE = 8  # tars read and uploaded at the same time; with --resize one a CPU, if that is more
+
+
+class Destination(S3Folder):
+    """A folder in S3, `s3://bucket/prefix`, to put files into that were never on disk."""
+
+    def try_out(self, name):
+        """Put a small file, and delete it if S3 allows that; InputError if it cannot be put."""
+        self.upload_stream(io.BytesIO(b"This may be deleted."), ".check", {})
+        with contextlib.suppress(InputError):
+            self.delete(".check")
+
+    def upload_stream(self, stream, name, metadata):
+        """Put what a file object has to read, with a dict of metadata; some twelve parts are in memory.
+
+        If reading raises, nothing is put. Threads may call this and `metadata` at the same time.
+        """
+        with self.file(name) as there:
+            options = {"ExtraArgs": {"Metadata": metadata}, "Config": PARTS}
+            self.client.upload_fileobj(stream, *there.values(), **options)
+
+    def metadata(self, name):
+        """The metadata that a file was put with."""
+        with self.file(name) as there:
+            return self.client.head_object(**there)["Metadata"]
 
 
 def new_fingerprint(side):
@@ -166,8 +196,8 @@ def say_left_out(others):
 def stage(source, url, side):
     """Put SOURCE into `s3://bucket/prefix`: all tars, then the label files. Raises InputError."""
     tars, others = find_tars(source)
-    folder = S3Folder(url)
-    folder.check(only_puts=True)
+    folder = Destination(url)
+    folder.check()
     there = {key for start in (TRAIN, VAL, "train.txt", "val.txt") for key in folder.names(start)}
     staged = {name: stage_tars(name, tars[name], folder, there, side) for name in tars}
     say_left_out(others + [other for _, left_out in staged.values() for other in left_out])
@@ -180,7 +210,7 @@ def stage(source, url, side):
         first = f"{folder.prefix}{one_line(min(strange))}"
         say(f"Not of {source}, but there: {first}, {len(strange)} in all")
     prefix = shlex.quote(folder.prefix) if folder.prefix else ""
-    flags = f"--s3-bucket {folder.bucket.name}"
+    flags = f"--s3-bucket {folder.bucket}"
     if "train" in tars:
         flags += f" --key-prefix {prefix}{TRAIN}/ --label-file {prefix}train.txt"
     if "val" in tars:

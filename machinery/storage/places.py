@@ -12,16 +12,14 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 from machinery.errors import InputError, one_line, say
-from machinery.storage.s3 import AHEAD, PATIENT, PIECE, read_object, s3_errors, s3_resource
+from machinery.storage.s3 import PATIENT, data_client, read_object, s3_errors
 from machinery.storage.tf1 import tf
 
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import ClientError
 
 # One plain put for a file of up to 4 GB: not every S3-compatible store knows uploads in parts.
 PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
-PARTS = TransferConfig(multipart_chunksize=PIECE, max_concurrency=AHEAD)
 
 
 def open_place(flag, place, mark, ours, unmarked=lambda folder: False):
@@ -140,35 +138,40 @@ class S3Folder:
     def __init__(self, place):
         """Name the folder; nothing is asked of S3 yet."""
         self.place = place
-        name, _, prefix = place.removeprefix("s3://").partition("/")
+        self.bucket, _, prefix = place.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
-        with s3_errors(name):  # a store may take its time to answer once it has 500 MB of a checkpoint
-            self.bucket = s3_resource(PATIENT.merge(Config(read_timeout=30))).Bucket(name)
+        with s3_errors(self.bucket):
+            self.client = data_client()
         self._scratch, self._run = tempfile.TemporaryDirectory(), uuid.uuid4().hex
         self.path = Path(self._scratch.name)
 
-    def _errors(self, name):
-        return s3_errors(self.bucket.name, self.prefix + name)
+    @contextlib.contextmanager
+    def file(self, name):
+        """How boto3 names a file, for requests that are made meanwhile."""
+        with s3_errors(self.bucket, self.prefix + name):
+            yield {"Bucket": self.bucket, "Key": self.prefix + name}
 
-    def check(self, only_puts=False):
-        """Raise InputError unless a file can be put here and, without `only_puts`, read and deleted."""
-        name = ".check" if only_puts else f".check-{self._run}"
-        with self._errors(name):
-            file = s3_resource().Object(self.bucket.name, self.prefix + name)
-            file.put(Body=b"This may be deleted.")
-            if only_puts:
-                with contextlib.suppress(ClientError):
-                    file.delete()
-                return
-            self.names(name)
-            file.get()["Body"].read()
-            file.delete()
+    def check(self):
+        """Put a file here, list, read and delete it; from here on, S3 may take its time."""
+        self.try_out(f".check-{self._run}")
+        # A store may need it to answer once it has 500 MB of a checkpoint.
+        self.client = data_client(PATIENT.merge(Config(read_timeout=30)))
+
+    def try_out(self, name):
+        """Do with a file of this name what is going to be done with others."""
+        (self.path / name).write_text("This may be deleted.")
+        self.upload(name)
+        self.names(name)
+        self.download(name)
+        self.delete(name)
 
     def names(self, start=""):
         """Names of the files, or of those whose name starts so."""
-        with self._errors(""):
-            listed = self.bucket.objects.filter(Prefix=self.prefix + start)
-            return [obj.key.removeprefix(self.prefix) for obj in listed]
+        with self.file(start) as there:
+            pages = self.client.get_paginator("list_objects").paginate
+            pages = pages(Bucket=self.bucket, Prefix=there["Key"])
+            listed = [file["Key"] for page in pages for file in page.get("Contents", [])]
+            return [key.removeprefix(self.prefix) for key in listed]
 
     def lock(self, flag, mark):
         """Name the file that says whose this is: there are no locks in S3, see `claim`."""
@@ -189,33 +192,18 @@ class S3Folder:
 
     def upload(self, name):
         """Put a file of `path`."""
-        with (self.path / name).open("rb") as file:
-            self.upload_stream(file, name, {}, PLAIN_PUTS)
-
-    def upload_stream(self, stream, name, metadata, form=PARTS):
-        """Put what a file object has to read, with a dict of metadata; some twelve parts are in memory.
-
-        If reading raises, nothing is put. Threads may call this and `metadata` at the same time.
-        """
-        with self._errors(name):
-            put, options = self.bucket.meta.client.upload_fileobj, {"Metadata": metadata}
-            put(stream, self.bucket.name, self.prefix + name, ExtraArgs=options, Config=form)
-
-    def metadata(self, name):
-        """The metadata that a file was put with."""
-        with self._errors(name):
-            head = self.bucket.meta.client.head_object
-            return head(Bucket=self.bucket.name, Key=self.prefix + name)["Metadata"]
+        with self.file(name) as there, (self.path / name).open("rb") as file:
+            self.client.upload_fileobj(file, *there.values(), Config=PLAIN_PUTS)
 
     def download(self, name):
         """Get a file into `path`."""
-        read_object(self.bucket.meta.client, self.bucket.name, self.prefix + name, self.path / name)
+        read_object(self.client, self.bucket, self.prefix + name, self.path / name)
 
     def delete(self, name):
         """Delete a file, also that of `path`."""
         (self.path / name).unlink(missing_ok=True)
-        with self._errors(name):
-            self.bucket.Object(self.prefix + name).delete()
+        with self.file(name) as there:
+            self.client.delete_object(**there)
 
     def close(self):
         """Throw `path` away."""

@@ -19,7 +19,6 @@ from machinery.errors import InputError, one_line
 import boto3
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from botocore.loaders import create_loader
@@ -48,13 +47,13 @@ SLOW_DOWN = re.compile("429|503|SlowDown|Throttl|TooManyRequests|LimitExceeded")
 # The codes that tell of credentials; a HEAD request has no answer but "400".
 REFUSED = re.compile("Expired|InvalidAccessKey|Invalid.*Token|InvalidSecurity|TokenRefresh|^400$")
 
-# Settings whose default is not botocore's: their name in the environment, the default, and its type.
-# Checksums "when_required" save a HEAD request an object, which costs as much as decoding a photo, and
-# some S3-compatible stores refuse those that boto3 sends by itself.
-SETTINGS = {
-    "request_checksum_calculation": ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required", None),
-    "response_checksum_validation": ("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required", None),
-    "metadata_service_timeout": ("AWS_METADATA_SERVICE_TIMEOUT", 5, int),
+# Settings of botocore with other defaults. Checksums "when_required" save a HEAD request an object,
+# which costs as much as decoding a photo, and some S3-compatible stores refuse those that boto3 sends
+# by itself. A machine's metadata service may need more than a second.
+DEFAULTS = {
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+    "metadata_service_timeout": 5,
 }
 _loader = create_loader()  # what botocore knows of S3, which takes 100 ms to read
 
@@ -64,57 +63,51 @@ def _session(region=None):
 
     AWS_REGION counts before AWS_DEFAULT_REGION, as in all of AWS's tools but botocore.
     """
+    defaults = {name: (name, f"AWS_{name.upper()}", d, type(d)) for name, d in DEFAULTS.items()}
     regions = [name for name in ("AWS_REGION", "AWS_DEFAULT_REGION") if os.environ.get(name)]
-    settings = {name: (name, *setting) for name, setting in SETTINGS.items()}
-    session = Session(settings | {"region": ("region", regions, region, None)})
+    session = Session(defaults | {"region": ("region", regions, region, None)})
     session.register_component("data_loader", _loader)
     return session
 
 
+@functools.cache  # one for all clients in an environment: a look-up may ask a person
 class Keys(Credentials):
-    """Credentials that are looked up for the first request, and anew once they are refused.
+    """Credentials that are looked up for the first request, and again where `found` is None.
 
     A look-up that fails is made again for so many seconds: what hands them out may be slow, or late.
     """
 
-    def __init__(self, region, seconds):
-        """Nothing is looked up yet."""
+    def __init__(self, region, seconds, environment):
+        """Nothing is looked up yet; of another environment, there are other credentials."""
         self._region, self._seconds = region, seconds
-        self._found, self._lock = None, threading.Lock()
+        self.found, self._lock = None, threading.Lock()
 
     def load_credentials(self):
         """What botocore asks for when it makes a client."""
         return self
 
-    def forget(self):
-        """The next request looks them up."""
-        self._found = None
-
     def get_frozen_credentials(self):
         """What botocore signs a request with; ValueError if there is nothing."""
-        deadline = time.monotonic() + self._seconds
+        deadline, pause = time.monotonic() + self._seconds, 1
         with self._lock:
             while True:
                 try:
-                    found = self._found or _session(self._region).get_credentials()
+                    found = self.found or _session(self._region).get_credentials()
                     if not found:
                         raise NoCredentialsError
-                    self._found = found
+                    self.found = found
                     return found.get_frozen_credentials()
                 except Exception as error:  # files, processes and services raise anything
-                    self._found = None
+                    self.found, why = None, one_line(error).rstrip(".")
                     missing = isinstance(error, NoCredentialsError | PartialCredentialsError)
                     no_service = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
-                    if time.monotonic() > deadline or (missing and no_service):
+                    at_once = missing and no_service and self._seconds < 60  # as a run starts
+                    if at_once or time.monotonic() > deadline:
                         hint = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                        raise ValueError(f"{one_line(error).rstrip('.')}; {hint}") from error
-                    time.sleep(1)
-
-
-@functools.cache
-def _keys(region, seconds, environment):
-    """The Keys of all clients in an environment: a look-up may take seconds, or ask a person."""
-    return Keys(region, seconds)
+                        raise ValueError(f"{why}; {hint}") from error
+                say(f"{why}: credentials are looked up again in {pause} s")
+                time.sleep(pause)
+                pause = min(2 * pause, 10)
 
 
 def _again(keys, most, slowly, response, attempts, **_):
@@ -131,36 +124,28 @@ def _again(keys, most, slowly, response, attempts, **_):
             say(f"S3 answers {one_line(code)}: it is asked again for some minutes")
         return pause * random.uniform(0.75, 1.25)
     if REFUSED.search(code) and attempts < most:
-        keys.forget()
+        keys.found = None
         return pause
     return None
 
 
-def s3_resource(config=IMPATIENT, region_name=None, **where):
-    """A boto3 S3 resource of the ordinary AWS settings, which count more than a Config's attempts.
-
-    `where` is an endpoint, if given.
-    """
-    session = _session(region_name)
-    set_by_user = session.get_config_variable("max_attempts")
-    if set_by_user:
-        config = config.merge(Config(retries={"mode": "standard", "total_max_attempts": set_by_user}))
-    most = config.retries["total_max_attempts"]
-    environment = tuple(item for item in sorted(os.environ.items()) if item[0].startswith("AWS_"))
-    keys = _keys(region_name, most * config.read_timeout, environment)
-    session.register_component("credential_provider", keys)
-    made = boto3.Session(botocore_session=session)
-    resource = made.resource("s3", config=config, region_name=region_name, **where)
-    again = functools.partial(_again, keys, most, set_by_user or SLOWLY)
-    resource.meta.client.meta.events.register_first("needs-retry.s3", again)
-    return resource
-
-
 def data_client(config=IMPATIENT, anonymous=False, requester_pays=False, **where):
-    """A boto3 S3 client to read the data with; all but its Config is what `s3_location` says."""
+    """A boto3 S3 client of the ordinary AWS settings; all but its Config is what `s3_location` says.
+
+    If the user has set a number of attempts, then it counts, and not that of the Config.
+    """
+    region = where.get("region_name")
+    session = _session(region)
+    set_by_user = session.get_config_variable("max_attempts")
+    most = set_by_user or config.retries["total_max_attempts"]
+    config = config.merge(Config(retries={"mode": "standard", "total_max_attempts": most}))
     if anonymous:
         config = config.merge(Config(signature_version=UNSIGNED))
-    client = s3_resource(config, **where).meta.client
+    keys = Keys(region, most * config.read_timeout, tuple(sorted(os.environ.items())))
+    session.register_component("credential_provider", keys)
+    client = boto3.Session(botocore_session=session).client("s3", config=config, **where)
+    again = functools.partial(_again, keys, most, set_by_user or SLOWLY)
+    client.meta.events.register_first("needs-retry.s3", again)
     for operation in ("ListObjects", "GetObject", "HeadObject") if requester_pays else ():
         event = f"provide-client-params.s3.{operation}"
         client.meta.events.register(event, lambda params, **_: params | {"RequestPayer": "requester"})
@@ -176,14 +161,16 @@ def s3_location():
     Credentials are not part of it: every node has its own. AWS_NO_SIGN_REQUEST and AWS_REQUEST_PAYER,
     named as GDAL names them, say how the data is reached if not by one's own credentials and account.
     """
-    session = _session()
-    endpoint = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
-    where = {"region_name": session.get_config_variable("region"), "endpoint_url": endpoint.provide()}
+    plain = data_client(IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta
+    meta = data_client().meta
+    where = {"region_name": meta.region_name}
+    if meta.endpoint_url != plain.endpoint_url:
+        where["endpoint_url"] = meta.endpoint_url
     if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1"):
         where["anonymous"] = True
     if os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester":
         where["requester_pays"] = True
-    return {name: value for name, value in where.items() if value}
+    return where
 
 
 class Tar(NamedTuple):
@@ -215,26 +202,17 @@ class Bucket(NamedTuple):
         return f"s3://{self.name}"
 
     def keys(self, prefix):
-        """Yield all that lies below a prefix, by key, each as a Tar; says if ETags are missing."""
-        without = 0
+        """Yield all that lies below a prefix, by key, each as a Tar."""
         with s3_errors(self.name):
             pages = data_client(**self.where).get_paginator("list_objects").paginate
             for page in pages(Bucket=self.name, Prefix=prefix):
-                for listed in page.get("Contents", []):
-                    tar = Tar(listed["Key"], listed.get("ETag") or None, listed["Size"])
-                    without += tar.etag is None
-                    yield tar
-        if without:
-            unseen = "a change of what they hold is not noticed"
-            say(f"{self}/{one_line(prefix)}*: {without} keys are listed without an ETag: {unseen}")
+                listed = page.get("Contents", [])
+                yield from (Tar(o["Key"], o.get("ETag") or None, o["Size"]) for o in listed)
 
-    def open(self, tar):
-        """A Tar as a file to read forwards."""
-        return S3File(_client(PATIENT, **self.where), self.name, tar)
-
-    def start_of(self, tar, size):
-        """The first bytes of a Tar, so many or fewer."""
-        return S3File(data_client(**self.where), self.name, tar, piece=size, ahead=0).read(size)
+    def open(self, tar, **options):
+        """A Tar as a file to read forwards, with options of an S3File."""
+        with s3_errors(self.name):
+            return S3File(_client(PATIENT, **self.where), self.name, tar, **options)
 
     def read(self, key):
         """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
@@ -292,11 +270,9 @@ class S3File:
 
     def _get(self, number):
         wanted = range(number, min(number + self._ahead + 1, math.ceil(self._tar.size / self._piece)))
-        for behind in self._pieces.keys() - set(wanted):
-            self._pieces.pop(behind).cancel()
-        for n in wanted:
-            if n not in self._pieces:
-                self._pieces[n] = self._threads.submit(self._fetch, n * self._piece)
+        self._pieces = {
+            n: self._pieces.get(n) or self._threads.submit(self._fetch, n * self._piece) for n in wanted
+        }
         with s3_errors(self._bucket, self._tar.key):
             return self._pieces[number].result()
 
