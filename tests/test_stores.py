@@ -90,7 +90,7 @@ def log_in(folder, proxy, access_key):
 def test_a_run_in_which_credentials_expire_twice(s3, photos, bucket, proxy, no_keys, tmp_path):
     """While tars are loaded, and between two saves."""
     log_in(tmp_path, proxy, "first")
-    proxy.faults["GET", "n01500000.tar"] = iter([partial(log_in, tmp_path, proxy, "second")])
+    proxy.faults["GET", "n01500004.tar"] = iter([partial(log_in, tmp_path, proxy, "second")])
     place = f"s3://{bucket}/runs/1"
     settings = ["CHECKPOINT_EVERY=1", "PAUSES=[(5, 'apply')]", f"NOTES='{tmp_path}'"]
     environment = no_keys(AWS_ENDPOINT_URL=proxy.url)
