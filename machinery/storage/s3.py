@@ -55,6 +55,7 @@ DEFAULTS = {
     "response_checksum_validation": "when_required",
     "metadata_service_timeout": 5,
 }
+LOG_IN = "log in, run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _loader = create_loader()  # what botocore knows of S3, which takes 100 ms to read
 
 
@@ -103,8 +104,7 @@ class Keys(Credentials):
                     no_service = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
                     at_once = missing and no_service and self._seconds < 60  # as a run starts
                     if at_once or time.monotonic() > deadline:
-                        hint = "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                        raise ValueError(f"{why}; {hint}") from error
+                        raise ValueError(f"{why}; {LOG_IN}") from error
                 say(f"{why}: credentials are looked up again in {pause} s")
                 time.sleep(pause)
                 pause = min(2 * pause, 10)
@@ -317,7 +317,7 @@ def s3_errors(bucket, key=""):
             said = "no bucket can have this name"
         if code and REFUSED.search(code):
             said += "; refresh the credentials"
-        if re.search("checksum|Content-MD5", said, re.IGNORECASE):
+        if code and re.search("checksum|Content-MD5", said, re.IGNORECASE):
             said += "; set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_SUPPORTED"
         place = f"{bucket}/{one_line(key)}" if key else bucket
         raise InputError(f"s3://{place}: {said}") from error
