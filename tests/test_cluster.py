@@ -1,4 +1,4 @@
-"""On a Ray cluster of more than this process: jobs, tokens, and the file for `ray up`."""
+"""On a Ray cluster of more than this process: jobs, tokens, and the files for those who start it."""
 
 import os
 import re
@@ -8,20 +8,43 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.support import ROOT, free_port, wait_for_port
+import driver
+from tests.support import ROOT, THIN, draw_image, free_port, jpeg, wait_for_port
 
+import numpy as np
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+PINNED = re.search(r"^ray\[default\]==(.+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
 
 
 def test_cluster_yaml_is_of_rays_schema_and_of_the_same_ray():
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     validate_config(prepare_config(config))
-    pinned = re.search(r"^ray\[default\]==(.+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
-    assert config["docker"]["image"] == f"rayproject/ray:{pinned}-py311-cpu"
+    assert config["docker"]["image"] == f"rayproject/ray:{PINNED}-py311-cpu"
     for local in config["file_mounts"].values():
         assert local.startswith("~") or (ROOT / local).exists()
+
+
+def test_rayjob_yaml_runs_driver_py_in_the_image_of_the_dockerfile():
+    """With flags that there are, all of its files, and the same Ray; all of its nodes are alike."""
+    job = yaml.safe_load((ROOT / "rayjob.yaml").read_text())
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == PINNED
+    image = (ROOT / "Dockerfile").read_text()
+    lines = dict(line.split(" ", 1) for line in image.splitlines() if not line.startswith("#"))
+    assert lines["FROM"] == f"rayproject/ray:{PINNED}-py311-cpu"
+    python, program, *flags = job["spec"]["entrypoint"].split()
+    assert (python, program) == ("python", f"{lines['WORKDIR']}/driver.py")
+    args = driver.read_flags(flags)
+    assert (args.s3_bucket, args.checkpoint_dir) == ("BUCKET", "s3://BUCKET/checkpoints")
+    copied = re.findall(r"^COPY (\S+) ", image, re.M)
+    for path in driver.runtime_env()["py_modules"]:
+        assert any(Path(path).match(pattern) for pattern in copied)
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [each for group in groups for each in group["template"]["spec"]["containers"]]
+    assert len({(each["image"], str(each["envFrom"])) for each in containers}) == 1
 
 
 @pytest.fixture
@@ -53,20 +76,39 @@ def head(s3, tmp_path):
     shutil.rmtree(folder)
 
 
+OWN_SCRIPT = f"""
+import driver
+from machinery import ending
+driver.LAYERS, driver.NUM_CLASSES, driver.PRECISION = {THIN}, 10, "float32"
+driver.MINI_BATCH, driver.NUM_WORKERS = 5, 2
+ending.leave(ending.status(driver.main))
+"""
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A checkout with a script of the user's, and with more beside it than Ray takes for a job."""
+    work = tmp_path / "work"
+    shutil.copytree(ROOT / "machinery", work / "machinery")
+    for name in [".rayignore", *ROOT.glob("*.py")]:
+        shutil.copy(ROOT / name, work)
+    (work / "own.py").write_text(OWN_SCRIPT)
+    for place in "checkpoints/ckpt-500.data", ".venv/lib/library.so", ".git/objects/pack", "photos.tar":
+        (work / place).parent.mkdir(parents=True, exist_ok=True)
+        with (work / place).open("wb") as file:
+            file.truncate(600 * 10**6)
+    return work
+
+
 @pytest.mark.timeout(400)
-def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
+def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, work, tmp_path):
     """The modules come with the job's working directory, so that driver.py's would be too many."""
     jobs, address, environment = head
-    work = tmp_path / "work"
-    for package in "machinery", "tests":
-        shutil.copytree(ROOT / package, work / package)
-    for module in ROOT.glob("*.py"):
-        shutil.copy(module, work)
     job = ["ray", "job", "submit", "--address", jobs, "--working-dir", work, "--"]
-    driver = ["python", "tests/thin_driver.py", "NUM_WORKERS=2", "--s3-bucket", photos]
-    driver += ["--iterations", "1", "--export-dir", f"s3://{bucket}/network"]
+    train = ["python", "own.py", "--s3-bucket", photos]
+    train += ["--iterations", "1", "--export-dir", f"s3://{bucket}/network"]
     ended = subprocess.run(
-        [*job, *driver], env=environment, capture_output=True, text=True, timeout=280, check=False
+        [*job, *train], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 workers; an iteration is 2 mini-batches" in ended.stdout
@@ -74,8 +116,16 @@ def test_job_on_two_nodes_with_a_token(head, s3, photos, bucket, tmp_path):
     keys = [obj["Key"] for obj in s3.list_objects_v2(Bucket=bucket)["Contents"]]
     assert "network/saved_model.pb" in keys
 
+    photo = tmp_path / "imagenet" / "train" / "n01440764" / "n01440764_1.JPEG"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(jpeg(draw_image(0, np.random.default_rng(0))))
+    stage = ["python", "stage_imagenet.py", tmp_path / "imagenet", f"s3://{bucket}/staged"]
+    ended = subprocess.run([*job, *stage], env=environment, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"Now: python driver.py --s3-bucket {bucket} " in ended.stdout
+
     environment = environment | {"RAY_AUTH_TOKEN": "another-token-0123456789abcdef0123456789"}
-    refused = subprocess.run([*job, *driver], env=environment, capture_output=True, text=True)
+    refused = subprocess.run([*job, *train], env=environment, capture_output=True, text=True)
     assert refused.returncode != 0 and "authentication" in (refused.stdout + refused.stderr).lower()
 
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
