@@ -7,8 +7,9 @@ object, makes the same object.
 import contextlib
 import hashlib
 import operator
+import re
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import imagenet
 from machinery.cluster import tasks
@@ -26,6 +27,8 @@ import ray
 MARGIN = IMAGE_SIZE - CROP_SIZE  # pixels that a crop leaves out of an image, in each direction
 VALIDATION_PIECE = 50  # images of one validation request, which go through the network at once
 NO_LABEL = -1
+MANY_UNLABELLED = 0.05  # share of images; more are hardly left out on purpose
+SUFFIX = re.compile(r"\.(jpe?g|png|gif|bmp|webp)$", re.IGNORECASE)  # of an image's name
 
 # References to `count` images, uint8 [n, 256, 256, 3] or jpegs.Jpegs of them, and to their labels
 # int32 [n].
@@ -52,9 +55,13 @@ def label_table(labels):
     """The dict of `imagenet.read_labels` as sorted hashes of its names and their labels, two arrays.
 
     Tasks read arrays in the object store, uncopied. A hash has 96 bits: two of ImageNet's 1.28 million
-    names have the same one with a probability of 1e-17.
+    names have the same one with a probability of 1e-17. A suffix is left out unless it alone tells a
+    name from others: so x.jpg has the label of x.JPEG.
     """
-    hashes, values = np.array([_hashed(name) for name in labels]), np.array([*labels.values()])
+    stems = [SUFFIX.sub("", name) for name in labels]
+    times = Counter(stems)
+    names = [s if times[s] == 1 else name for s, name in zip(stems, labels, strict=True)]
+    hashes, values = np.array([_hashed(name) for name in names]), np.array([*labels.values()])
     order = np.argsort(hashes)
     return hashes[order], values[order]
 
@@ -62,9 +69,11 @@ def label_table(labels):
 def label_of(name, imagepairs, default):
     """The label of a name, or a default where the table has none."""
     hashes, labels = imagepairs
-    wanted = _hashed(name)
-    place = np.searchsorted(hashes, wanted)
-    return labels[place] if place < len(hashes) and hashes[place] == wanted else default
+    for wanted in (_hashed(name), _hashed(SUFFIX.sub("", name))):
+        place = np.searchsorted(hashes, wanted)
+        if place < len(hashes) and hashes[place] == wanted:
+            return labels[place]
+    return default
 
 
 def _hashed(name):
@@ -116,6 +125,10 @@ def match(loading):
             batches.append(Batch(images, labels, report["images"]))
     if missing := sum(report["unlabelled"] for report in reports):
         named = [name for report in reports for name in report["named"]][:5]
+        share = missing / sum(report["unlabelled"] + report["images"] for report in reports)
+        if share > MANY_UNLABELLED:
+            hint = f"is {data.source}/{one_line(data.label_file)} the label file of all these tars?"
+            say(f"WARNING: {share:.0%} of the images have no label: {hint}")
         say(f"{missing} images have no label and are left out: {', '.join(named)}")
     if not batches:
         where, labels = f"{data.source}/{one_line(data.prefix)}*", one_line(data.label_file)

@@ -77,6 +77,20 @@ def test_label_table_answers_as_the_dictionary_does():
     ]
 
 
+def test_a_suffix_decides_only_between_names_that_are_the_same_without_it():
+    """Tars of n01770393_0.jpg, and Caffe's train.txt of .JPEG names."""
+    lines = (
+        b"a/n1_0.JPEG 1\na/b.c.png 2\na/x.jpg 3\na/x.png 4\nn2/y.JPEG 5\nn3/y.JPEG 6\na/z 7\na/v.1 8\n"
+    )
+    table = functions.label_table(imagenet.parse_labels(lines, 10, "s3://b/train.txt"))
+    names = "n1_0.jpg n1_0.JPEG n1_0.PNG n1_0 n1_0.tar b.c.jpg b.jpg x.jpg x.png x.JPEG z.jpg v.2"
+    wanted = dict(zip(names.split(), [1, 1, 1, 1, -1, 2, -1, 3, 4, -1, 7, -1], strict=True))
+    labels, report = functions.convert([f"t/{name}" for name in wanted], table)
+    assert dict(zip(wanted, labels.tolist(), strict=True)) == wanted and report["unlabelled"] == 4
+    labels, report = functions.convert(["n2/y.jpg", "n3/y.JPEG", "n4/y.jpg"], table)
+    assert labels.tolist() == [5, 6, imagenet.SEVERAL] and report["doubtful"] == ["n4/y.jpg"]
+
+
 @STORED
 def test_match_drops_unlabelled_images_and_empty_batches(one_ray, said, stored):
     images = [batch.images for batch in put_batches((2, 3, 1, 0), 4, stored)]
@@ -93,10 +107,23 @@ def test_match_drops_unlabelled_images_and_empty_batches(one_ray, said, stored):
     assert [ray.get(batch.labels).tolist() for batch in batches] == [[0, 1], [2, 3]]
     left = ray.get(batches[1].images)
     assert left.shape == (2, 4, 4, 3) and [image.mean() for image in left] == [2, 4]
-    assert said()[-2:] == [
+    assert said()[-3:] == [
+        "WARNING: 33% of the images have no label: is b/train.txt the label file of all these tars?",
         "2 images have no label and are left out: 'x', 'y'",
         "4 images in 2 batches",
     ]
+
+
+@pytest.mark.parametrize("unlabelled, warned", [(1, False), (2, True)])
+def test_more_than_a_few_unlabelled_images_are_a_warning(one_ray, said, unlabelled, warned):
+    [batch] = put_batches((20,), 4, "pixels")
+    pairs = ray.put(functions.label_table({str(number): 0 for number in range(20 - unlabelled)}))
+    report = {"key": "a.tar", "images": 20, "left_out": 0, "named": [], "rest": None}
+    names = ray.put([f"t/{number}" for number in range(20)])
+    loaded = [imagenet.Loaded(batch.images, names, ray.put(report), None)]
+    data = imagenet.DataSet("b", "", "train.txt", ["a.tar"])
+    functions.match(functions.Loading(data, loaded, pairs, {}))
+    assert any(line.startswith("WARNING: 10% of the images have no label") for line in said()) == warned
 
 
 @STORED
