@@ -8,11 +8,23 @@ val/nXXXXXXXX/*.JPEG (also Kaggle's, below ILSVRC/Data/CLS-LOC, and Tiny ImageNe
 images/ in each class), or of class tars, or a tar of such folders. Where val/ has no class folders, the
 devkit, Kaggle's LOC_val_solution.csv or Tiny ImageNet's val_annotations.txt must lie in val/, SOURCE or
 above.
-Files that are no images by their first bytes are left out, counted and named.
+SOURCE can also be one, or a folder, of Hugging Face's archives train_images_*.tar.gz and
+val_images.tar.gz, whose photos have the class in their names (also unpacked), of its parquet files
+train-*.parquet and validation-*.parquet (they need pyarrow), or of WebDataset's tars. All archives of a
+split belong together; their names or folders say which split it is. A .cls or .json beside a photo, or
+the label of a row, is Caffe's number of the class, or its WNID.
+Files that are no images by their first bytes, and the test set, are left out, counted and named.
 
-Nothing is unpacked to disk. Every tar is written anew from its images, so that all layouts give the
-same bytes, and carries a fingerprint of them: the same command, run again, uploads only what is missing
-or differs. A tar appears in the bucket whole or not at all; the label files come last.
+What compressed archives and parquet files hold is copied to TMPDIR first, which needs as much room as
+they have: photos of one class lie in all of them, and none can be read without those before it. All
+else is read where it lies. In no case is an archive in memory.
+
+Every tar is written anew from its images, so that all layouts give the same bytes, and carries a
+fingerprint of them: the same command, run again, uploads only what is missing or differs. ImageNet's
+photos have the names that ImageNet gave them: n01440764_10026_n01440764.jpg is n01440764_10026.JPEG.
+A tar appears in the bucket whole or not at all; the label files come last. They keep the lines about
+other tars that are there. A class that is there with other photos, from another part of the split, gets
+a second tar.
 """
 
 import argparse
@@ -25,12 +37,14 @@ import shlex
 import signal
 import sys
 import tarfile
+import tempfile
 import threading
+from collections import defaultdict
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 from machinery.errors import MAX_NAMED, ImageError, InputError, one_line
-from machinery.storage.ilsvrc2012 import NO_CLASS, TRAIN, VAL, caffe_labels, find_tars
+from machinery.storage.ilsvrc2012 import NO_CLASS, TRAIN, VAL, Image, caffe_labels, find_tars, stem_of
 from machinery.storage.images import QUALITY, small_jpeg
 from machinery.storage.places import S3Folder, as_they_end
 from machinery.storage.s3 import AHEAD, PIECE
@@ -130,42 +144,85 @@ class Stream:
         return data
 
 
-def stage_tar(folder, there, key, list_images, side, stop):
-    """Put a tar into the folder unless it is there. Returns whether it was put, and its Listing."""
+def stage_tar(folder, there, keys, list_images, before, side, stop):
+    """Put a tar into the folder unless it is there. Returns its key, whether it was put, its Listing.
+
+    It gets the first of two keys, or the second one if the first is that of other photos. `before` are
+    the images that tars of these keys have, as paths. InputError if photos would be lost.
+    """
     listing, sha = list_images(), new_fingerprint(side)
     images = listing.images
     for _ in read_images(images, stop, sha):
         pass
     fingerprint = sha.hexdigest()
+    for key in keys:
+        if has(folder, there, key, fingerprint):
+            return key, False, listing
+    key = key_of(folder, there, keys, before, set(map(label_path, images)))
     chunks = tar_bytes(images, side, stop, fingerprint)
-    return put(folder, there, key, chunks, fingerprint), listing
-
-
-def put(folder, there, key, chunks, fingerprint):
-    """Put a file unless it is `there` with this fingerprint. Returns whether it was put."""
-    if key in there and folder.metadata(key).get("fingerprint") == fingerprint:
-        return False
     folder.upload_stream(Stream(chunks), key, {"fingerprint": fingerprint})
-    return True
+    return key, True, listing
 
 
-def stage_tars(name, tars, folder, there, side):
-    """Put all tars of "train" or "val", several at a time.
+def key_of(folder, there, keys, before, images):
+    """Which of two keys a tar of some images gets. A tar with some of these is an older form of it."""
+    taken = [key for key in keys if key in there]
+    free = [key for key in keys if key not in there]
+    other = before.isdisjoint(images)
+    if not taken or not before:
+        return keys[0]
+    if other and free:
+        return free[0]
+    if not other and len(taken) == 1:
+        return taken[0]
+    hint = "put all archives of the split into one folder, and stage that; or name another prefix"
+    raise InputError(f"{place_of(folder, taken[-1])}: has photos that would be lost; {hint}")
 
-    Returns the text of their label file, and what was left out. A progress bar on a terminal, plain
-    lines elsewhere. Raises InputError.
+
+def place_of(folder, key):
+    """What an error calls a file of the folder."""
+    return f"s3://{folder.bucket}/{folder.prefix}{key}"
+
+
+def has(folder, there, key, fingerprint):
+    """Whether a file is `there` with this fingerprint."""
+    return key in there and folder.metadata(key).get("fingerprint") == fingerprint
+
+
+class Staged:
+    """Of "train" or "val": keys, labels (a dict of `directory/name` -> label), and what is left out."""
+
+    def __init__(self):
+        """Nothing is staged yet."""
+        self.keys, self.labels, self.others = set(), {}, []
+
+    def add(self, key, listing):
+        """Add a tar of this key."""
+        self.keys.add(key)
+        self.labels |= {label_path(image): caffe_labels()[image.wnid] for image in listing.images}
+        self.others += listing.others
+
+
+def stage_tars(name, tars, folder, there, before, side):
+    """Put all tars of "train" or "val", several at a time; returns what is Staged.
+
+    `tars` are pairs of two keys and a function, `before` the labels that are there. A progress bar on a
+    terminal, plain lines elsewhere. Raises InputError.
     """
-    lines, others, count, uploaded, stop = set(), [], 0, 0, threading.Event()
+    staged, count, uploaded, stop = Staged(), 0, 0, threading.Event()
     pool = ThreadPoolExecutor(max(TARS_AT_ONCE, os.cpu_count() if side else 0))
     progress = bar(total=len(tars), desc=f"Staging {name}", unit="tar")
+    known = images_by_tar(before)
     try:
         # No variable has all jobs, so that the finished ones go, with their lists of images.
-        jobs = (pool.submit(stage_tar, folder, there, *tar, side, stop) for tar in tars.items())
+        jobs = (
+            pool.submit(stage_tar, folder, there, keys, list_images, known(keys[0]), side, stop)
+            for keys, list_images in tars
+        )
         for done, job in enumerate(as_they_end({*jobs}), 1):
-            new, listing = job.result()
+            key, new, listing = job.result()
             uploaded, count = uploaded + new, count + len(listing.images)
-            lines |= {label_line(image) for image in listing.images}
-            others += listing.others
+            staged.add(key, listing)
             progress.set_postfix(uploaded=uploaded, refresh=False)
             progress.update()
             if progress.disable and done * 10 // len(tars) > (done - 1) * 10 // len(tars):
@@ -175,13 +232,84 @@ def stage_tars(name, tars, folder, there, side):
         pool.shutdown(cancel_futures=True)
         progress.close()
     say(f"{name}: {count} images in {len(tars)} tars, {uploaded} of them uploaded")
-    return "".join(sorted(lines)), others
+    return staged
 
 
-def label_line(image):
-    """The line of the label file about an image; its name has its class already if others share it."""
-    name = image.name if "/" in image.name else f"{image.wnid}/{image.name}"
-    return f"{name} {caffe_labels()[image.wnid]}\n"
+# ---- label files
+
+
+def label_path(image):
+    """`directory/name` of an image; its name has its class already if others share it."""
+    return image.name if "/" in image.name else f"{image.wnid}/{image.name}"
+
+
+def labels_there(folder, there, key):
+    """The labels of a label file that is there: a dict of path -> label, {} if there is no such file.
+
+    InputError if it is none, or numbers the classes in another way than Caffe.
+    """
+    if key not in there:
+        return {}
+    folder.download(key)
+    labels, place = {}, place_of(folder, key)
+    lines = (folder.path / key).read_text("utf-8-sig", "replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        path, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        path = path.strip()
+        right = caffe_labels().get(directory_of(path), label)
+        if line.strip() and not (path and label.isdecimal() and str(right) == label):
+            why = f"{one_line(line)[:60]} is no label of Caffe's"
+            raise InputError(f"{place}, line {number}: {why}; move it away, or name another prefix")
+        if path:
+            labels[path] = int(label)
+    return labels
+
+
+def directory_of(path):
+    """The directory in which a label file's path ends, which is the class in those of this program."""
+    return path.rpartition("/")[0].rpartition("/")[2]
+
+
+def images_by_tar(labels):
+    """A function that gives the paths of a tar's images by its key, by the labels that are there."""
+    images = defaultdict(set)
+    for path in labels:
+        wnid = directory_of(path)
+        image = Image.named(path.rpartition("/")[2], wnid, None)
+        images[f"{TRAIN}/{wnid}.tar"].add(label_path(image))
+    all_images = set().union(*images.values())  # a number is all that tars of val have for a name
+    return lambda key: images[key] if key.startswith(TRAIN) else all_images
+
+
+def with_kept(labels, before, strange, place):
+    """Labels, and those `before` that can be of strange tars, a list of keys, which are there, too.
+
+    InputError if a photo has two labels.
+    """
+    classes = {Path(key).stem for key in strange}
+    of_any = not classes <= caffe_labels().keys()
+    names = {path.rpartition("/")[2]: label for path, label in labels.items()} if of_any else {}
+    kept = {}
+    for path, label in before.items():
+        name, directory = path.rpartition("/")[2], directory_of(path)
+        if directory not in caffe_labels() and names.get(name, label) != label:
+            why = f"{one_line(path)[:60]} has label {label}, but {names[name]} in SOURCE"
+            raise InputError(f"{place}: {why}; move it away, or name another prefix")
+        if path not in labels and (of_any or directory in classes):
+            kept[path] = label
+    if kept:
+        say(f"{place}: keeps {len(kept)} lines about other tars that are there")
+    if gone := before.keys() - labels.keys() - kept.keys():
+        say(f"{place}: no longer has {len(gone)} lines that it had, such as {one_line(min(gone))}")
+    return labels | kept
+
+
+def put_labels(folder, there, key, labels):
+    """Put a label file into the folder unless it is there."""
+    data = "".join(sorted(f"{path} {label}\n" for path, label in labels.items())).encode()
+    fingerprint = hashlib.sha256(data).hexdigest()
+    if not has(folder, there, key, fingerprint):
+        folder.upload_stream(Stream([data]), key, {"fingerprint": fingerprint})
 
 
 def say_left_out(others):
@@ -193,22 +321,38 @@ def say_left_out(others):
         say(f"{len(others)} files or folders are left out{images}: {named}")
 
 
+def with_second_keys(tars, source):
+    """Tars as pairs of two keys and a function. The second key has a folder named like SOURCE in it.
+
+    It keeps apart what comes in several runs: some archives of a split, and later the others.
+    """
+    part = re.sub("[^A-Za-z0-9_-]", "_", stem_of(source.absolute()))
+    keys = {key: key.replace("/", f"/{part}/") for key in tars}
+    return [((key, keys[key]), tars[key]) for key in tars]
+
+
 def stage(source, url, side):
     """Put SOURCE into `s3://bucket/prefix`: all tars, then the label files. Raises InputError."""
-    tars, others = find_tars(source)
     folder = Destination(url)
     folder.check()
-    there = {key for start in (TRAIN, VAL, "train.txt", "val.txt") for key in folder.names(start)}
-    staged = {name: stage_tars(name, tars[name], folder, there, side) for name in tars}
-    say_left_out(others + [other for _, left_out in staged.values() for other in left_out])
-    for name, (text, _) in staged.items():
-        data = text.encode()
-        put(folder, there, f"{name}.txt", [data], hashlib.sha256(data).hexdigest())
-    ours = {key for keys in tars.values() for key in keys}
-    directories = {key.partition("/")[0] for key in ours}
-    if strange := {key for key in there if key.partition("/")[0] in directories} - ours:
-        first = f"{folder.prefix}{one_line(min(strange))}"
-        say(f"Not of {source}, but there: {first}, {len(strange)} in all")
+    with tempfile.TemporaryDirectory(prefix="stage-imagenet-") as scratch:
+        found, others = find_tars(source, Path(scratch))
+        there = {key for start in (TRAIN, VAL, "train.txt", "val.txt") for key in folder.names(start)}
+        before = {name: labels_there(folder, there, f"{name}.txt") for name in found}
+        tars = {name: with_second_keys(found[name], source) for name in found}
+        staged = {n: stage_tars(n, tars[n], folder, there, before[n], side) for n in tars}
+    say_left_out(others + [other for each in staged.values() for other in each.others])
+    all_strange = []
+    for name, each in staged.items():
+        directory = next(iter(found[name])).partition("/")[0]
+        strange = [key for key in there if key.startswith(f"{directory}/") and key not in each.keys]
+        label_file = f"{name}.txt"
+        kept = with_kept(each.labels, before[name], strange, place_of(folder, label_file))
+        put_labels(folder, there, label_file, kept)
+        all_strange += strange
+    if all_strange:
+        first = f"{folder.prefix}{one_line(min(all_strange))}"
+        say(f"Not of {source}, but there: {first}, {len(all_strange)} in all")
     prefix = shlex.quote(folder.prefix) if folder.prefix else ""
     flags = f"--s3-bucket {folder.bucket}"
     if "train" in tars:

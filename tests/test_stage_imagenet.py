@@ -1,15 +1,20 @@
 """stage_imagenet.py: every layout of ImageNet, small, into real S3 objects that the driver reads."""
 
+import bz2
+import gzip
 import io
 import itertools
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import tracemalloc
 import zipfile
+from collections import Counter
 
 import functions
 import imagenet
@@ -19,6 +24,7 @@ from machinery.storage.images import decode_image
 from tests.support import ROOT, draw_image, encode, jpeg, make_tar
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import ray
 import scipy.io
@@ -329,6 +335,305 @@ def test_driver_reads_what_is_put(s3, bucket, one_ray, tars, train, capsys):
         assert len(names) == images and {name.partition("/")[2] for name in names} == set(labels)
 
 
+# ---- the forms of today
+
+
+def photos_in(folder):
+    """The photos of a folder of torchvision's layout: a list of (split, WNID, name, JPEG)."""
+    paths = sorted(folder.glob("*/*/*.JPEG"))
+    return [(p.parents[1].name, p.parent.name, p.name, p.read_bytes()) for p in paths]
+
+
+def shards(photos):
+    """Photos as people find them, dealt out to archives: (split, number, [(WNID, name, JPEG)])."""
+    some = {split: [photo[1:] for photo in photos if photo[0] == split] for split in ("train", "val")}
+    return [("train", n, some["train"][n::3]) for n in range(3)] + [("val", 0, some["val"][::-1])]
+
+
+def with_class(name, wnid):
+    """A photo's name at Hugging Face."""
+    return f"{name.removesuffix('.JPEG')}_{wnid}.JPEG"
+
+
+def new(path):
+    """A path whose folder is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def archives(photos, there, suffix, pack=gzip.compress):
+    """Hugging Face's archives, and that of the test set."""
+    for split, n, part in shards(photos):
+        name = f"train_images_{n}" if split == "train" else "val_images"
+        tar = make_tar({with_class(name, wnid): data for wnid, name, data in part})
+        new(there / f"{name}{suffix}").write_bytes(pack(tar))
+    (there / f"test_images{suffix}").write_bytes(
+        pack(make_tar({"ILSVRC2012_test_00000001.JPEG": b"x"}))
+    )
+
+
+def unpacked(photos, there, train="", val=""):
+    """The photos of these archives in one folder, or in several."""
+    for split, n, part in shards(photos):
+        for wnid, name, data in part:
+            place = there / (train.format(n) if split == "train" else val)
+            new(place / with_class(name, wnid)).write_bytes(data)
+    (there / "ILSVRC2012_test_00000001.JPEG").write_bytes(photos[0][-1])
+
+
+def parquet(photos, there, path="data/{split}-{n:05d}-of-00003.parquet", columns=None, info=None):
+    """Hugging Face's parquet files, in row groups of two photos, and that of the test set."""
+    test = ("test", 0, [("", "ILSVRC2012_test_00000001.JPEG", photos[0][-1])])
+    for split, n, part in [*shards(photos), test]:
+        paths = [with_class(name, wnid) if wnid else name for wnid, name, _ in part]
+        images = [{"bytes": p[-1], "path": path} for p, path in zip(part, paths, strict=True)]
+        labels = [LABELS.get(wnid, -1) for wnid, _, _ in part]
+        rows = columns(part, labels) if columns else {"image": images, "label": labels}
+        table = pyarrow.table(rows).replace_schema_metadata(info)
+        file = there / path.format(split={"val": "validation"}.get(split, split), n=n)
+        pyarrow.parquet.write_table(table, new(file), row_group_size=2)
+
+
+def without_path(part, labels):
+    """Columns of parquet files that WebDataset's have become."""
+    keys = [name.removesuffix(".JPEG") for _, name, _ in part]
+    return {"jpg": [data for _, _, data in part], "cls": labels, "__key__": keys}
+
+
+def without_names(part, labels):
+    """Columns in which nothing but the label says the class: its number in LABELS."""
+    wnids = list(LABELS)
+    images = [{"bytes": data, "path": None} for _, _, data in part]
+    return {"image": images, "label": [wnids.index(wnid) if wnid else -1 for wnid, _, _ in part]}
+
+
+def classes(*names):
+    """What Hugging Face writes into a parquet file about the classes that its labels number."""
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+
+
+def wds(photos, there, path="imagenet1k-{split}-{n:04d}.tar", sample="{stem}", end=".jpg", notes=None):
+    """WebDataset's tars: a sample of each photo, with notes that are functions of its label."""
+    notes = notes or {".cls": str, ".json": lambda label: json.dumps({"label": label, "width": 9})}
+    for split, n, part in shards(photos):
+        members = {}
+        for wnid, name, data in part:
+            stem = sample.format(stem=name.removesuffix(".JPEG"), wnid=wnid)
+            members[f"{stem}{end}"] = data
+            members |= {
+                f"{stem}{suffix}": note(LABELS[wnid]).encode() for suffix, note in notes.items()
+            }
+        file = there / path.format(split={"val": "validation"}.get(split, split), n=n)
+        new(file).write_bytes(make_tar(members))
+
+
+TODAY = {
+    "archives": (archives, ".tar.gz"),
+    "archives, .tgz": (archives, ".TGZ"),
+    "archives, gunzipped": (archives, ".tar", bytes),
+    "archives, bzip2": (archives, ".tar.bz2", bz2.compress),
+    "unpacked": (unpacked,),
+    "unpacked into two": (unpacked, "train", "val"),
+    "unpacked one by one": (unpacked, "data/train_images_{}", "data/val_images"),
+    "parquet": (parquet,),
+    "parquet in folders": (parquet, "default/{split}/{n:04d}.parquet"),
+    "parquet of WebDataset": (parquet, "{split}-{n}.PARQUET", without_path),
+    "WebDataset": (wds,),
+    "WebDataset, one folder a split": (wds, "{split}/{n:06d}.tar", "{stem}", ".jpeg"),
+    "WebDataset, .cls only": (wds, "imagenet-{split}-{n:06d}.tar", "./{stem}", ".JPG", {".cls": str}),
+    "WebDataset, .json only": (wds, "shards/{split}-{n}.tar", "{stem}", ".jpg", {".json": str}),
+    "WebDataset, folders": (wds, "{split}_{n}.tar", "{wnid}/{stem}", ".jpg", {".txt": str}),
+}
+
+
+@pytest.mark.parametrize("form", TODAY)
+def test_forms_of_today_give_the_same_objects(s3, bucket, folder, form, capsys):
+    assert run(folder, f"s3://{bucket}/folder") == 0
+    make, *how = TODAY[form]
+    source = folder.with_name("a test of train")  # no name of SOURCE itself says what it holds
+    make(photos_in(folder), source, *how)
+    capsys.readouterr()
+    assert run(source, f"s3://{bucket}/p") == 0
+    assert objects(s3, bucket, "p/") == objects(s3, bucket, "folder/")
+    left_out = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(left_out) == (make is not wds)
+    assert all("1 files or folders are left out" in line and "test" in line for line in left_out)
+
+
+@pytest.mark.parametrize("form", ["archives", "parquet", "WebDataset"])
+def test_forms_of_today_resized_and_nothing_stays(s3, bucket, folder, form, monkeypatch):
+    make, *how = TODAY[form]
+    make(photos_in(folder), folder.with_name("source"), *how)
+    scratch = folder.with_name("scratch")
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    assert run(folder, f"s3://{bucket}/folder", "--resize", 256) == 0
+    assert run(folder.with_name("source"), f"s3://{bucket}/p", "--resize", 256) == 0
+    assert objects(s3, bucket, "p/") == objects(s3, bucket, "folder/")
+    assert not [path for path in scratch.iterdir() if path.name.startswith("stage-imagenet")]
+
+
+def labels_of(objects):
+    """How often each label is in train.txt."""
+    return Counter(line.split()[1] for line in objects["train.txt"].decode().splitlines())
+
+
+def test_labels_of_a_subset_that_numbers_its_own_classes(s3, bucket, folder, tmp_path, capsys):
+    """If the file says that these are other classes, no class is guessed."""
+    photos = photos_in(folder)
+    wnids, words = classes(*LABELS), classes("tench", "goldfish", "toilet tissue")
+    parquet(photos, tmp_path / "a", columns=without_names, info=wnids)
+    assert run(tmp_path / "a", f"s3://{bucket}/a") == 0
+    put = objects(s3, bucket, "a/")
+    assert labels_of(put) == {"0": 4, "1": 4, "999": 4}
+    stored = {data for wnid in LABELS for data in tar_members(put[f"{TRAIN}/{wnid}.tar"]).values()}
+    assert stored == {data for split, _, _, data in photos if split == "train"}
+    parquet(photos, tmp_path / "b", columns=without_names, info=words)
+    assert run(tmp_path / "b", f"s3://{bucket}/b") == 2
+    assert "its labels are those of other classes than ILSVRC-2012 has" in capsys.readouterr().err
+    parquet(photos, tmp_path / "c", info=words)  # the names of the photos say the class
+    assert run(tmp_path / "c", f"s3://{bucket}/c") == 0
+    assert run(folder, f"s3://{bucket}/folder") == 0
+    assert objects(s3, bucket, "c/") == objects(s3, bucket, "folder/")
+
+
+def test_samples_that_are_numbered_anew_in_each_archive(s3, bucket, folder, tmp_path):
+    for number, (split, wnid, _, data) in enumerate(photos_in(folder)):
+        if split == "train":
+            place = tmp_path / "wds" / f"{number:03d}.tar"
+            members = {
+                "0000.jpg": data,
+                "0000.cls": wnid.encode(),
+                "0001.jpg": JPEG_START,
+                "0001.cls": b"5",
+            }
+            new(place).write_bytes(make_tar(members))
+    assert run(tmp_path / "wds", f"s3://{bucket}") == 0
+    put = objects(s3, bucket)
+    assert labels_of(put) == {"0": 4, "1": 4, "5": 1, "999": 4}
+    stored = [data for wnid in LABELS for data in tar_members(put[f"{TRAIN}/{wnid}.tar"]).values()]
+    assert sorted(stored) == sorted(data for split, _, _, data in photos_in(folder) if split == "train")
+
+
+def test_what_is_odd_in_the_forms_of_today_is_named(s3, bucket, folder, tmp_path, capsys):
+    photos = photos_in(folder)
+    parquet(photos, tmp_path / "p")
+    rows = {
+        "image": [{"bytes": b"x", "path": "a.JPEG"}, {"bytes": photos[0][-1], "path": "b.JPEG"}, None]
+    }
+    pyarrow.parquet.write_table(
+        pyarrow.table(rows | {"label": [1, -1, 1]}), tmp_path / "p" / "train_x.parquet"
+    )
+    assert run(tmp_path / "p", f"s3://{bucket}/p") == 0
+    said = capsys.readouterr().out
+    assert (
+        "train_x.parquet: 1 rows without a label, train_x.parquet: row 0, train_x.parquet: row 2"
+        in said
+    )
+    wds(photos, tmp_path / "w")
+    odd = {"n01440764_7.jpg": JPEG_START, "n01440764_7.cls": b"3", "alone.json": b"", "a.txt": b""}
+    (tmp_path / "w" / "train-x.tar").write_bytes(make_tar(odd))
+    assert run(tmp_path / "w", f"s3://{bucket}/w") == 0
+    said = capsys.readouterr().out
+    assert "3 files or folders are left out: " in said
+    assert "train-x.tar/n01440764_7.* (it says another class)" in said
+    assert b"n01440764/n01440764_7.JPEG 0\n" in objects(s3, bucket, "w/")["train.txt"]
+
+
+def test_photo_that_is_there_twice(s3, bucket, folder, tmp_path, capsys):
+    archives(photos_in(folder), tmp_path / "a", ".tar.gz")
+    gunzipped = gzip.decompress((tmp_path / "a" / "train_images_0.tar.gz").read_bytes())
+    (tmp_path / "a" / "train_images_0.tar").write_bytes(gunzipped)
+    (tmp_path / "a" / "train_more.tar").write_bytes(gunzipped)
+    assert run(folder, f"s3://{bucket}/folder") == 0
+    assert run(tmp_path / "a", f"s3://{bucket}/p") == 0
+    assert objects(s3, bucket, "p/") == objects(s3, bucket, "folder/")
+    assert "5 files or folders are left out: " in capsys.readouterr().out
+    (tmp_path / "a" / "train_more.tar").write_bytes(make_tar({"n01440764_1.JPEG": JPEG_START}))
+    assert run(tmp_path / "a", f"s3://{bucket}/q") == 2
+    assert "have another photo n01440764_1.JPEG each; keep one of the two" in capsys.readouterr().err
+
+
+# ---- in several runs
+
+
+def test_archives_of_a_split_one_after_the_other(s3, bucket, folder, tmp_path, capsys):
+    """Each run adds its photos to those of the runs before; each may be made again."""
+    archives(photos_in(folder), tmp_path / "a", ".tar.gz")
+    sources = sorted((tmp_path / "a").glob("train*"))
+    for source in sources:
+        assert run(source, f"s3://{bucket}") == 0
+    put = objects(s3, bucket)
+    for source in sources[::-1]:
+        capsys.readouterr()
+        assert run(source, f"s3://{bucket}") == 0
+        assert "3 tars, 0 of them uploaded" in capsys.readouterr().out
+        assert objects(s3, bucket) == put
+    names = [f"{TRAIN}/{wnid}.tar" for wnid in LABELS]
+    parts = [f"{TRAIN}/train_images_{n}/{wnid}.tar" for n in (1, 2) for wnid in LABELS]
+    assert set(put) == {*names, *parts, "train.txt"}
+    photos = [photo for photo in photos_in(folder) if photo[0] == "train"]
+    stored = [data for key in names + parts for data in tar_members(put[key]).values()]
+    assert sorted(stored) == sorted(data for _, _, _, data in photos)
+    lines = {f"{wnid}/{name} {LABELS[wnid]}" for _, wnid, name, _ in photos}
+    assert put["train.txt"].decode().splitlines() == sorted(lines)
+
+
+def test_photos_of_another_run_are_not_lost(s3, bucket, folder, tmp_path, capsys):
+    """Where the first and the second place of a class are taken, a third part is refused."""
+    source, wnid = tmp_path / "source", "n01440764"
+    for number in range(3):
+        shutil.rmtree(source, ignore_errors=True)
+        new(source / wnid / f"{wnid}_{number}.JPEG").write_bytes(JPEG_START)
+        assert run(source, f"s3://{bucket}") == (2 if number == 2 else 0)
+    error = capsys.readouterr().err
+    assert f"s3://{bucket}/{TRAIN}/source/{wnid}.tar: has photos that would be lost; put all" in error
+    lines = objects(s3, bucket)["train.txt"].decode().splitlines()
+    assert lines == [f"{wnid}/{wnid}_0.JPEG 0", f"{wnid}/{wnid}_1.JPEG 0"]
+
+
+def test_classes_of_several_runs_share_a_label_file(s3, bucket, folder, tars, tmp_path):
+    """Classes, and parts of val; what is gone from the bucket is gone from its labels."""
+    assert run(folder, f"s3://{bucket}/folder") == 0
+    wanted = objects(s3, bucket, "folder/")
+    for wnid in LABELS:
+        shutil.copytree(folder / "train" / wnid, tmp_path / wnid / "train" / wnid)
+        assert run(tmp_path / wnid, f"s3://{bucket}/p") == 0
+    for number, path in enumerate((folder / "val").iterdir()):
+        shutil.copytree(path, tmp_path / f"part{number}" / "val" / path.name)
+        assert run(tmp_path / f"part{number}", f"s3://{bucket}/p") == 0
+    put = objects(s3, bucket, "p/")
+    assert [put[key] for key in ("train.txt", "val.txt")] == [wanted["train.txt"], wanted["val.txt"]]
+    members = [tar_members(data) for key, data in put.items() if key.startswith(VAL)]
+    assert [len(each) for each in members] and sum(map(len, members)) == len(VAL_NAMES)
+    s3.delete_object(Bucket=bucket, Key=f"p/{TRAIN}/n01443537.tar")
+    assert run(tmp_path / "n01440764", f"s3://{bucket}/p") == 0
+    lines = objects(s3, bucket, "p/")["train.txt"].decode()
+    assert "n01443537" not in lines and lines.count("\n") == 8
+
+
+def test_label_file_that_contradicts_is_refused(s3, bucket, folder, capsys):
+    for text, why in [
+        (
+            b"n01443537/a.JPEG 1\nn15075141/b.JPEG 1000\n",
+            "line 2: n15075141/b.JPEG 1000 is no label of",
+        ),
+        (b"\xff\xd8\xff", "line 1: \\ufffd"),
+        (b"n01440764_1.JPEG 7\n", "n01440764_1.JPEG has label 7, but 0 in SOURCE; move it away"),
+    ]:
+        s3.put_object(Bucket=bucket, Key="train.txt", Body=text)
+        s3.put_object(Bucket=bucket, Key=f"{TRAIN}/n000.tar", Body=b"")
+        assert run(folder, f"s3://{bucket}") == 2
+        error = capsys.readouterr().err
+        assert f"error: s3://{bucket}/train.txt" in error and why in error and error.count("\n") == 1
+        assert objects(s3, bucket)["train.txt"] == text
+    s3.put_object(Bucket=bucket, Key="train.txt", Body=b"n01440764_1.JPEG 0\nx/c d.JPEG\t5\n")
+    assert run(folder, f"s3://{bucket}") == 0
+    lines = objects(s3, bucket)["train.txt"].decode().splitlines()
+    assert lines[-1] == "x/c d.JPEG 5" and len(lines) == 14
+
+
 # ---- once more
 
 
@@ -459,6 +764,34 @@ def test_memory_is_bounded(s3, bucket, tmp_path):
     assert s3.head_object(Bucket=bucket, Key=f"{TRAIN}/n01440764.tar")["ContentLength"] > 300 * 2**20
 
 
+def test_a_shard_is_not_in_memory(s3, bucket, tmp_path):
+    """Neither a compressed archive nor a parquet file, both larger than what may be in memory."""
+    rng, count = np.random.default_rng(0), 200
+    images = (JPEG_START + rng.bytes(2**20) for _ in range(2 * count))
+    names = [f"n01440764_{number}.JPEG" for number in range(2 * count)]
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data" / "train_images_0.tar.gz", "w:gz", compresslevel=1) as tar:
+        for name, image in zip(names[:count], images, strict=False):
+            info = tarfile.TarInfo(name)
+            info.size = len(image)
+            tar.addfile(info, io.BytesIO(image))
+    kinds = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    schema = pyarrow.schema({"image": kinds, "label": pyarrow.int64()})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "data" / "train-0.parquet", schema) as file:
+        for name, image in zip(names[count:], images, strict=True):
+            rows = {"image": [{"bytes": image, "path": name}], "label": [0]}
+            file.write_table(pyarrow.table(rows, schema))
+    tracemalloc.start()
+    try:
+        assert run(tmp_path, f"s3://{bucket}") == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    peak += pyarrow.default_memory_pool().max_memory()
+    assert peak < 170 * 2**20, f"{peak / 2**20:.0f} MiB"
+    assert s3.head_object(Bucket=bucket, Key=f"{TRAIN}/n01440764.tar")["ContentLength"] > 400 * 2**20
+
+
 # ---- resized
 
 
@@ -552,7 +885,7 @@ def compressed(tars):
     [
         (truncated, f"{TRAIN}.tar: no whole, uncompressed tar (unexpected end of data)"),
         (cut_at_a_member, f"{TRAIN}.tar: a damaged tar, or cut off; copy or download it again"),
-        (compressed, f"{TRAIN}.tar: no whole, uncompressed tar"),
+        (compressed, f"{TRAIN}.tar: holds no image"),
         (a_zip, ".zip: unpack it first; then SOURCE can have ILSVRC2012_img_train.tar, "),
         (without_ground_truth, "put ILSVRC2012_devkit_t12.tar.gz here"),
         (damaged_ground_truth, "ILSVRC2012_devkit_t12.tar.gz: no readable ground truth (EOFError"),
@@ -567,6 +900,93 @@ def test_unusable_source_is_a_one_line_error(s3, bucket, tars, capsys, spoil, me
     out, error = capsys.readouterr()
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert out == "" and is_untouched(s3, bucket)
+
+
+def test_parquet_needs_pyarrow(s3, bucket, folder, monkeypatch, capsys):
+    """Like a machine on which it is not installed."""
+    parquet(photos_in(folder), folder.with_name("source"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run(folder.with_name("source"), f"s3://{bucket}") == 2
+    error = capsys.readouterr().err
+    assert "train-00000-of-00003.parquet: pyarrow is needed to read it: pip install pyarrow" in error
+    assert error.count("\n") == 1 and is_untouched(s3, bucket)
+
+
+def cut_archive(source, photos):
+    archives(photos, source, ".tar.gz")
+    path = source / "train_images_1.tar.gz"
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def damaged_archive(source, photos):
+    archives(photos, source, ".tar.gz")
+    path = source / "train_images_1.tar.gz"
+    path.write_bytes(path.read_bytes()[:500] + bytes(1000) + path.read_bytes()[1500:])
+
+
+def cut_parquet(source, photos):
+    parquet(photos, source)
+    path = source / "data" / "train-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def damaged_parquet(source, photos):
+    parquet(photos, source)
+    path = source / "data" / "train-00001-of-00003.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:30] + b"\xff" * 300 + data[330:])
+
+
+def other_columns(source, photos):
+    parquet(photos, source, columns=lambda part, labels: {"text": ["a"] * len(part), "label": labels})
+
+
+def other_numbers(source, photos):
+    wds(photos, source, sample="{stem}", notes={".cls": lambda label: str(label + 1)})
+
+
+def only_test_set(source, photos):
+    new(source / "test_images.tar.gz").write_bytes(gzip.compress(make_tar({"a.JPEG": JPEG_START})))
+
+
+def no_class(source, photos):
+    new(source / "train-0.tar").write_bytes(make_tar({"0001.jpg": JPEG_START, "0001.json": b"{}"}))
+
+
+def something_else(source, photos):
+    for name in ("notes.txt", "Annotations/a.xml", "devkit.tar.gz", "x.zip", "logs/b/c", "d", "e"):
+        new(source / name).write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (cut_archive, "train_images_1.tar.gz: a damaged archive, or cut off (Compressed file ended"),
+        (damaged_archive, "train_images_1.tar.gz: a damaged archive, or cut off ("),
+        (cut_parquet, "train-00001-of-00003.parquet: a damaged parquet file, or cut off ("),
+        (damaged_parquet, "train-00001-of-00003.parquet: a damaged parquet file, or cut off ("),
+        (other_columns, "parquet: has the columns text, label; image and label are needed"),
+        (other_numbers, "15075141_10.cls: label 1000 is none of 0..999, the ranks of the sorted WNIDs"),
+        (only_test_set, "source: nothing to stage: it holds test_images.tar.gz; SOURCE can have "),
+        (no_class, "train-0.tar: 0001.jpg: its class is not in a folder's name, its own ("),
+        (
+            something_else,
+            "source: nothing to stage: it holds Annotations/, d, devkit.tar.gz, e, logs/ and 2 more; "
+            "SOURCE can have ILSVRC2012_img_train.tar, ",
+        ),
+        (
+            lambda source, photos: source.mkdir(),
+            "source: nothing to stage: it is empty; SOURCE can have ",
+        ),
+    ],
+)
+def test_unusable_form_of_today_is_a_one_line_error(s3, bucket, folder, capsys, spoil, message):
+    source = folder.with_name("source")
+    spoil(source, photos_in(folder))
+    assert run(source, f"s3://{bucket}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert is_untouched(s3, bucket)
 
 
 @pytest.mark.parametrize(
