@@ -482,18 +482,22 @@ def _sample(name):
 
 
 def noted_classes(path, members, place):
-    """The classes that notes in a tar say: a dict of `_sample` -> WNID. A .cls comes before a .json."""
-    classes = {}
+    """The classes that notes in a tar say: a dict of `_sample` -> WNID.
+
+    A .cls comes before a .json, whose label can be another's: it counts only where no path has a WNID.
+    """
+    classes, wnids = {}, sorted(caffe_labels())
     with path.open("rb") as file:
         for suffix in (".cls", ".json"):
             for note in members:
                 sample, right = _sample(note.name), note.name.lower().endswith(suffix)
-                if note.kind == "note" and right and sample not in classes:
+                needed = suffix == ".cls" or not (sample in classes or WNID.search(sample))
+                if note.kind == "note" and right and needed:
                     file.seek(note.offset)
                     label = file.read(note.size).decode(errors="replace")
                     if suffix == ".json":
                         label = _label_in(label)
-                    if wnid := wnid_of(label, sorted(caffe_labels()), f"{place}: {note.name}"):
+                    if wnid := wnid_of(label, wnids, f"{place}: {note.name}"):
                         classes[sample] = wnid
     return classes
 
