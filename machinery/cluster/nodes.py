@@ -236,10 +236,8 @@ def leave():
     Ray lets go of the CPUs of a task that waits, and so the Guard finds all of them free. Returns if
     the driver does not leave the node alone.
     """
-    name, deadline = (
-        f"guard of {ray.get_runtime_context().get_node_id()}",
-        time.monotonic() + 3 * ANSWER,
-    )
+    name = f"guard of {ray.get_runtime_context().get_node_id()}"
+    deadline = time.monotonic() + 3 * ANSWER
     while time.monotonic() < deadline:
         with contextlib.suppress(ValueError):  # the driver has not noticed yet
             ray.get(ray.get_actor(name).__ray_ready__.remote())
