@@ -3,41 +3,50 @@
     python benchmarks/learning.py FOLDER [--images 50000] [--precision float32] [--mini-batches 2]
 
 FOLDER is laid out like the bucket: tars below ILSVRC2012_img_train/ and ILSVRC2012_img_val/, train.txt
-and val.txt. Runs one after the other, with as many images each:
+and val.txt. --runs, one after the other, with as many images each:
 
     ours       driver.py itself, 2 workers, its constants as they stand
     reference  the same network in Keras, in one process: the same initial weights, crops, rates
                and number of images, with Keras's own layers, dropout, loss and optimizer
 
+An iteration has so many --mini-batches of --mini-batch images. After so many images, --drops divide the
+rate by 10, and --validate-every validates. --stored, --learning-rate-power and --initial-weights (a
+standard deviation, as the write-up's 0.1) stand in the place of driver.py's constants.
+
+With --evaluate N, driver.py trains for 20 iterations and validates, and then the same checkpoint is
+evaluated N times; both as a user runs them, as processes of their own. Prints the seconds of the whole
+command, and those of the validation alone: from the line of the last iteration to its own.
+
 With --losses N, the first N float32 losses of driver.py stand beside those of one TensorFlow session on
 the same mini-batches, dropout masks included.
 
-Writes learning-NAME.csv, a row a point, and learning.png, which has all such files of the folder --out;
-and, with --log-dir, driver.py's own learning curves there, and all of them as curves.png.
+Writes learning-RUN-PRECISION-NAME.csv, a row a point, and learning.png, which has all such files; and,
+with --log-dir, an empty folder, driver.py's own learning curves there, and all of them as curves.png.
 """
 
-import argparse
 import csv
+import re
+import subprocess
+import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
-from measuring import WORKERS, driver_network, loopback, run_apart
+from measuring import PRECISIONS, TRAIN, WORKERS, read_flags, run_apart, spread
 
-from tests.support import decode_tar, save_start
+from tests.support import ROOT, decode_tar, save_start
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-TRAIN, VAL = ("ILSVRC2012_img_train/", "train.txt"), ("ILSVRC2012_img_val/", "val.txt")
+HERE, VAL = Path(__file__).resolve().parent, "ILSVRC2012_img_val/"
+HELD_OUT = "--val-prefix", VAL
+KEPT = "loss", "validation top-1", "validation top-5"
 
 
-def serve_folder(s3, folder):
-    """Put a folder's files into a bucket; its name."""
-    s3.create_bucket(Bucket="photos")
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            s3.upload_file(str(path), "photos", path.relative_to(folder).as_posix())
-    return "photos"
+def data_flags(folder):
+    """driver.py's flags for the photos of a folder that it trains on."""
+    return ["--s3-bucket", str(Path(folder).resolve()), "--key-prefix", TRAIN]
 
 
 def configured(args):
@@ -45,80 +54,65 @@ def configured(args):
     import driver
 
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.SEED = WORKERS, args.mini_batch, args.seed
-    driver.PRECISION = args.precision
-    driver.VALIDATE_EVERY = max(1, args.validate_every // images_of(args))
-    for name in ("LEARNING_RATE_POWER", "INITIAL_WEIGHTS", "STORED"):
-        value = getattr(args, name.lower())
-        setattr(driver, name, getattr(driver, name) if value is None else value)
-    driver.LEARNING_RATE_DROPS = tuple(args.drops)
+    driver.PRECISION, driver.LEARNING_RATE_DROPS = args.precision, tuple(args.drops)
+    driver.VALIDATE_EVERY = max(1, args.validate_every // args.batch)
+    for name in ("learning_rate_power", "initial_weights", "stored"):
+        if (value := getattr(args, name)) is not None:
+            setattr(driver, name.upper(), value)
     return driver
 
 
-def images_of(args):
-    """Images of an iteration."""
-    return args.mini_batches * args.mini_batch
+def initial_network(driver, images, **options):
+    """The network that driver.py trains with so many images an iteration, with its initial weights."""
+    import alexnet
+    import functions
+
+    rule = driver.update_rule(images)
+    network = alexnet.AlexNet(driver.LAYERS, driver.NUM_CLASSES, rule, **options)
+    rng = functions.generator(driver.SEED, "initial weights")
+    network.restore(network.initial_state(driver.INITIAL_WEIGHTS, rng))
+    return network
 
 
 def drive(args, iterations, report, *flags):
     """Run driver.py on the folder, watched by a report."""
     driver = configured(args)
-    with loopback() as s3, tempfile.TemporaryDirectory() as saved:
-        save_start(saved, driver_network(), args.mini_batches, args.precision)
-        bucket = serve_folder(s3, args.folder)
-        places = ["--key-prefix", TRAIN[0], "--label-file", TRAIN[1]]
+    with tempfile.TemporaryDirectory() as saved:
+        network = initial_network(driver, args.batch)
+        save_start(Path(saved), network, args.mini_batches, args.precision)
         limit = ["--iterations", str(iterations), "--checkpoint-dir", saved]
-        driver.main(["--s3-bucket", bucket, *places, *limit, *flags], report=report)
+        driver.main([*data_flags(args.folder), *limit, *flags], report=report)
 
 
 def ours(args):
-    """A list of (images, tag, value) of a run of driver.py."""
-    from machinery.results import Report
-
-    batch, rows = images_of(args), []
-
-    class Kept(Report):
-        """Says and draws all as ever, and keeps the losses and validations."""
-
-        def iteration(self, iteration, losses, *others):
-            super().iteration(iteration, losses, *others)
-            rows.append((iteration * batch, "loss", np.mean(losses)))
-
-        def validation(self, iteration, top1, top5):
-            super().validation(iteration, top1, top5)
-            rows.append((iteration * batch, "validation top-1", top1))
-            rows.append((iteration * batch, "validation top-5", top5))
-
-    held_out = ["--val-prefix", VAL[0], "--val-label-file", VAL[1]]
-    drawn = ["--log-dir", str(args.log_dir)] if args.log_dir else []
-    drive(args, args.images // batch, Kept(), *held_out, *drawn)
-    if drawn:
-        draw_events(read_events(args.log_dir), args.out)
-    return rows
-
-
-def read_events(folder):
-    """A list of (iteration, tag, value) from the one file of learning curves in a folder."""
+    """A list of (images, tag, value) of a run of driver.py, which are in its learning curves."""
     from machinery.storage.tf1 import tf
 
-    (events,) = Path(folder).iterdir()
-    return [
-        (event.step, value.tag, value.simple_value)
-        for event in tf.train.summary_iterator(str(events))
-        for value in event.summary.value
-    ]
+    with tempfile.TemporaryDirectory() as place:
+        folder, points = args.log_dir or Path(place), []
+        drive(args, args.images // args.batch, None, "--log-dir", str(folder), *HELD_OUT)
+        [file] = folder.iterdir()
+        for event in tf.train.summary_iterator(str(file)):
+            points += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    if args.log_dir:  # a panel for each tag; the first steps are slow, and their losses high
+        panels = {}
+        for tag in dict.fromkeys(tag for _, tag, _ in points):
+            some = [(step, value) for step, name, value in points if name == tag]
+            panels[tag] = 1.2 * np.percentile([value for _, value in some], 98), {tag: some}
+        draw(HERE / "curves.png", 3.2, panels)
+    return [(step * args.batch, tag, value) for step, tag, value in points if tag in KEPT]
 
 
 def decoded(folder, prefix, label_file):
     """All images of a part uint8 [n, 256, 256, 3] and their labels [n]."""
     import imagenet
 
-    pairs = imagenet.parse_labels((Path(folder) / label_file).read_bytes(), 1000, label_file)
-    images, labels = [], []
-    for tar in sorted((Path(folder) / prefix).glob("*.tar")):
-        some, names, _ = decode_tar(tar.read_bytes(), (256, 256))
-        images.append(some)
-        labels += [pairs[imagenet.in_directory(name).partition("/")[2]] for name in names]
-    return np.concatenate(images), np.array(labels)
+    source = imagenet.source_of(str(Path(folder).resolve()))
+    label_of = imagenet.read_labels(source, label_file, 1000)
+    tars, _ = imagenet.list_tars(source, prefix)
+    images, names, _ = zip(*(decode_tar(source.read(tar.key), (256, 256)) for tar in tars), strict=True)
+    names = [imagenet.in_directory(name).partition("/")[2] for some in names for name in some]
+    return np.concatenate(images), np.array([label_of[name] for name in names])
 
 
 def reference(args):
@@ -148,7 +142,7 @@ def reference(args):
     rng = functions.generator(args.seed, "initial weights")
     start = alexnet.initial_weights(alexnet.LAYERS, driver.NUM_CLASSES, driver.INITIAL_WEIGHTS, rng)
     model.set_weights([w.reshape(v.shape) for w, v in zip(start, model.get_weights(), strict=True)])
-    clip, rule = {"global_clipnorm": driver.CLIP_NORM}, driver.update_rule(images_of(args))
+    clip, rule = {"global_clipnorm": driver.CLIP_NORM}, driver.update_rule(args.batch)
     optimizer = tf.keras.optimizers.SGD(driver.LEARNING_RATE, driver.MOMENTUM, **clip)
     loss_of = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -161,25 +155,11 @@ def reference(args):
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         return loss
 
-    @tf.function
-    def logits_of(images):
-        return model(images, training=False)
-
-    images, labels = decoded(args.folder, *TRAIN)
-    held_out, truth = decoded(args.folder, *VAL)
+    images, labels = decoded(args.folder, TRAIN, "train.txt")
+    held_out, truth = decoded(args.folder, VAL, "val.txt")
     mean = np.mean(images, axis=0, dtype=np.float64).astype(np.float32)
-    rng, order, rows, batch = np.random.default_rng(args.seed), [], [], images_of(args)
-
-    def validate(seen):
-        parts = range(0, len(held_out), 50)
-        centred = (held_out[i : i + 50, 16:240, 16:240] - mean[16:240, 16:240] for i in parts)
-        ranks = np.concatenate([logits_of(part).numpy() for part in centred]).argsort(axis=1)[:, ::-1]
-        for k in (1, 5):
-            hits = (ranks[:, :k] == truth[:, None]).any(axis=1)
-            rows.append((seen, f"validation top-{k}", hits.mean()))
-        loss, top1 = rows[-3][2], rows[-2][2]
-        print(f"reference: {seen} images, loss = {loss:.3f}, top-1 = {top1:.1%}", flush=True)
-
+    held_out = held_out[:, 16:240, 16:240] - mean[16:240, 16:240]
+    rng, order, rows, batch = np.random.default_rng(args.seed), [], [], args.batch
     for iteration in range(args.images // batch):
         if len(order) < batch:
             order = [*order, *rng.permutation(len(images))]
@@ -190,7 +170,11 @@ def reference(args):
         loss = step(functions.subtract_mean(minibatch, mean), minibatch.labels).numpy()
         rows.append((iteration * batch, "loss", loss))
         if (iteration + 1) % driver.VALIDATE_EVERY == 0 or iteration + 1 == args.images // batch:
-            validate((iteration + 1) * batch)
+            ranks = model.predict(held_out, batch_size=50, verbose=0).argsort(axis=1)[:, ::-1]
+            for k in (1, 5):
+                hits = (ranks[:, :k] == truth[:, None]).any(axis=1)
+                rows.append(((iteration + 1) * batch, f"validation top-{k}", hits.mean()))
+            print(f"reference: {rows[-1][0]} images, loss {loss:.3f}", flush=True)
     return rows
 
 
@@ -203,10 +187,11 @@ def first_losses(args):
 
     import ray
 
+    args.precision = "float32"
     driver = configured(args)
     # A worker's number of threads, which a process's first session fixes: others round otherwise,
     # and training amplifies the difference.
-    network, rows = driver_network(threads=driver.CPUS_PER_WORKER), []
+    network, rows = initial_network(driver, args.batch, threads=driver.CPUS_PER_WORKER), []
     means = [np.empty_like(weight) for weight in network.weights()]
 
     class Beside(Report):
@@ -214,22 +199,19 @@ def first_losses(args):
 
         def start(self, iteration, batches, mean):
             super().start(iteration, batches, mean)
-            self.batches, self.mean = batches, ray.get(mean)
-            self.helpers = Helpers(functions.Helper)
+            self.mean = ray.get(mean)
+            self.settings = Helpers(functions.Helper), batches, args.mini_batches, driver.SEED
 
         def iteration(self, iteration, losses, *others):
             super().iteration(iteration, losses, *others)
-            what = {"size": driver.MINI_BATCH, "count": args.mini_batches, "seed": driver.SEED}
-            drawn = functions.draw_minibatches(self.helpers, self.batches, **what, iteration=iteration)
-            minibatches = ray.get([minibatch.ref() for minibatch in drawn])
-            gradients, own_losses = [], []
-            for index, minibatch in enumerate(minibatches):
+            drawn = functions.draw_minibatches(*self.settings, driver.MINI_BATCH, iteration)
+            computed = []
+            for index, minibatch in enumerate(ray.get([each.ref() for each in drawn])):
                 images = functions.subtract_mean(minibatch, self.mean)
                 y_true = functions.one_hot(minibatch.labels, driver.NUM_CLASSES)
                 seed = functions.dropout_seed(driver.SEED, iteration, index)
-                got = network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed)
-                gradients.append(got[0])
-                own_losses.append(got[1])
+                computed.append(network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed))
+            gradients, own_losses = zip(*computed, strict=True)
             tree, sets = tree_of(len(gradients)), dict(enumerate(gradients))
             norm = mean_of(tree, sets, len(sets), network.weights(), network.decays(), means)
             network.apply(means, norm, network.rule.rate(iteration))
@@ -240,46 +222,65 @@ def first_losses(args):
     return rows
 
 
-def draw_curves(out):
-    """Draw all CSV files of a folder into one picture."""
+def run(flags):
+    """Seconds to the end of the first iteration, of the validation, and of all; its line."""
+    start, first, before, validation, lines = time.monotonic(), 0, 0, 0, [""]
+    command = [sys.executable, "-u", str(ROOT / "driver.py"), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            now = time.monotonic() - start
+            if line.startswith("Iteration 0: loss"):
+                first = now
+            if re.match(r"Iteration \d+ .*validation", line):
+                validation = now - before
+                lines.append(line.rstrip())
+            before = now
+    if process.returncode:
+        sys.exit(f"driver.py has failed with status {process.returncode}")
+    return first, validation, time.monotonic() - start, lines[-1]
+
+
+def evaluate(args):
+    """Print what the evaluation of a checkpoint of the full network takes, and whether it is exact."""
+    with tempfile.TemporaryDirectory() as saved:
+        limit = ["--iterations", "20", "--checkpoint-dir", saved]
+        again = partial(run, [*data_flags(args.folder), *HELD_OUT, *limit])
+        loading, validation, _, trained = again()
+        *_, whole, evaluated = zip(*(again() for _ in range(args.evaluate)), strict=True)
+    print(f"{trained}; evaluated: {'the same' if set(evaluated) == {trained} else evaluated}")
+    print(f"training, to the end of its first iteration, s: {loading:.1f}; validation {validation:.1f}")
+    rest = np.array(whole) - validation
+    print(f"evaluation, s: {spread(whole, '.1f')}; besides validating: {spread(rest, '.1f')}")
+
+
+def draw(path, size, panels):
+    """Draw a dict of title -> (highest value, dict of name -> points) into a picture, a panel each."""
     from matplotlib.figure import Figure  # here: the other processes do without
 
-    figure = Figure((11, 4.2), layout="tight")
-    left, right = figure.subplots(1, 2)
-    for path in sorted(out.glob("learning-*.csv")):
-        rows = [(int(x), tag, float(y)) for x, tag, y in list(csv.reader(path.open()))[1:]]
-        name = path.stem.removeprefix("learning-")
-        losses = [(x, y) for x, tag, y in rows if tag == "loss"]
-        width = min(50, len(losses))
-        smooth = np.convolve([y for _, y in losses], np.ones(width) / width, "valid")
-        left.plot([x for x, _ in losses[width - 1 :]], smooth, label=name)
-        top1 = [(x, 100 * y) for x, tag, y in rows if tag == "validation top-1"]
-        right.plot(*zip(*top1, strict=True), marker=".", label=name)
-    left.set(xlabel="images", ylabel="training loss, mean of 50 iterations", ylim=(0, 7))
-    right.set(xlabel="images", ylabel="validation top-1, %")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(out / "learning.png", dpi=110)
-
-
-def draw_events(rows, out):
-    """Draw every tag of (iteration, tag, value) in a panel of its own."""
-    from matplotlib.figure import Figure
-
-    tags = list(dict.fromkeys(tag for _, tag, _ in rows))
-    height = -(-len(tags) // 4)
-    figure = Figure((13, 2.3 * height), layout="tight")
-    axes = figure.subplots(height, 4)
-    for panel in axes.flat[len(tags) :]:
-        panel.axis("off")
-    for panel, tag in zip(axes.flat, tags, strict=False):
-        iterations, values = zip(*((x, y) for x, name, y in rows if name == tag), strict=True)
-        panel.plot(iterations, values, linewidth=0.7)
-        high = 1.2 * np.percentile(values, 98)  # the first steps are slow, and their losses high
-        panel.set(title=tag, ylim=(0, high or 1))
+    columns = min(4, len(panels))
+    figure = Figure((size * columns, 0.75 * size * -(-len(panels) // columns)), layout="tight")
+    for number, (title, (high, lines)) in enumerate(panels.items(), 1):
+        panel = figure.add_subplot(-(-len(panels) // columns), columns, number)
+        for name, points in lines.items():
+            panel.plot(*zip(*points, strict=True), linewidth=0.8, label=name)
+        panel.set(title=title, ylim=(0, high or 1))
         panel.grid(alpha=0.3)
-    figure.savefig(out / "curves.png", dpi=90)
+        panel.legend()
+    figure.savefig(path, dpi=100)
+
+
+def draw_curves():
+    """Draw all CSV files into one picture."""
+    losses, top1 = {}, {}
+    for path in sorted(HERE.glob("learning-*.csv")):
+        rows = [(int(x), tag, float(y)) for x, tag, y in list(csv.reader(path.open()))[1:]]
+        seen, values = zip(*((x, y) for x, tag, y in rows if tag == "loss"), strict=True)
+        width, name = min(50, len(values)), path.stem.removeprefix("learning-")
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        losses[name] = list(zip(seen[width - 1 :], smooth, strict=True))
+        top1[name] = [(x, 100 * y) for x, tag, y in rows if tag == "validation top-1"]
+    panels = {"training loss, mean of 50 iterations": (7, losses), "validation top-1, %": (100, top1)}
+    draw(HERE / "learning.png", 5.5, panels)
 
 
 RUNS = {"ours": ours, "reference": reference}
@@ -287,27 +288,16 @@ RUNS = {"ours": ours, "reference": reference}
 
 def main():
     """Run what is asked for, write curves and print the last figures."""
-    parser = argparse.ArgumentParser(description="Train beside a reference, and compare.")
-    add = parser.add_argument
-    add("folder")
-    add("--images", type=int, default=50_000, help="images of a run")
-    add("--mini-batch", type=int, default=20, help="images of one worker's gradient")
-    add("--mini-batches", type=int, default=WORKERS, help="gradients of an iteration")
-    add("--precision", default="float32", choices=["float32", "bfloat16"])
-    add("--seed", type=int, default=0)
-    add("--stored", choices=["pixels", "jpeg"], help="form of the images, instead of driver.py's")
-    add("--learning-rate-power", type=float, help="how the rate follows the images of an iteration")
-    add("--initial-weights", type=float, help="a standard deviation, as the write-up's 0.1")
-    add("--drops", type=int, nargs="*", default=[], help="images after which the rate is divided by 10")
-    add("--validate-every", type=int, default=5000, help="images")
-    add("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
-    add("--name", default="", help="added to the names of the files")
-    add("--log-dir", type=Path, help="empty folder for driver.py's own curves")
-    add("--losses", type=int, default=0, help="compare so many first losses with a session")
-    add("--out", type=Path, default=HERE, help="folder of the CSV files and the picture")
-    args = parser.parse_args()
+    flags = {"images": 50_000, "mini_batch": 20, "mini_batches": WORKERS, "precision": PRECISIONS}
+    flags |= {"stored": (None, "pixels", "jpeg"), "learning_rate_power": float, "drops": []}
+    flags |= {"initial_weights": float, "validate_every": 5000, "seed": 0, "losses": 0, "name": ""}
+    flags |= {"evaluate": 0, "log_dir": Path}
+    args = read_flags(__doc__, "folder", runs=list(RUNS), **flags)
+    args.batch = args.mini_batches * args.mini_batch  # images of an iteration
+    if args.evaluate:
+        evaluate(args)
     if args.losses:
-        rows = run_apart(first_losses, argparse.Namespace(**vars(args) | {"precision": "float32"}))
+        rows = run_apart(first_losses, args)
         for iteration, a, b in rows:
             print(f"iteration {iteration}: loss {a:.5f}, one session {b:.5f}")
         worst = max(abs(a - b) for _, a, b in rows)
@@ -315,15 +305,14 @@ def main():
     for name in args.runs:
         rows = run_apart(RUNS[name], args)
         file = "-".join(filter(None, ["learning", name, args.precision, args.name])) + ".csv"
-        with (args.out / file).open("w", newline="") as target:
+        with (HERE / file).open("w", newline="") as target:
             csv.writer(target).writerows([("images", "tag", "value"), *rows])
         loss = np.mean([y for _, tag, y in rows if tag == "loss"][-100:])
         last = {tag: y for _, tag, y in rows}
-        top1, top5 = (last[f"validation top-{k}"] for k in (1, 5))
         print(f"{name}, {args.precision}: {args.images} images, last 100 losses {loss:.3f}, ", end="")
-        print(f"validation top-1 {top1:.1%}, top-5 {top5:.1%}", flush=True)
+        print(", ".join(f"{tag} {last[tag]:.1%}" for tag in KEPT[1:]), flush=True)
     if args.runs:
-        draw_curves(args.out)
+        draw_curves()
 
 
 if __name__ == "__main__":

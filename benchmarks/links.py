@@ -3,50 +3,46 @@
     sudo python benchmarks/links.py [--nodes 12] [--rate 400mbit] [--megabytes 50] [--repeats 7]
 
 Each Ray node runs in a network namespace of its own on this machine, whose link `tc` limits in both
-directions. `Helpers.pass_on` takes turns with fetching by all nodes at once. Needs root, `ip` and `tc`.
+directions (--rate is as tc writes it). `Helpers.pass_on` takes turns with fetching by all nodes at
+once. Needs root, `ip` and `tc`. With --inside it only measures, in the first namespace.
 """
 
-import argparse
 import contextlib
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from measuring import spread
+from measuring import read_flags, spread, take_turns
 
 NETWORK, PORT = "10.77.0", 6399
+SIZE = "--num-cpus=1 --object-store-memory=600000000 --disable-usage-stats"
 
 
-def run(command):
-    """Run a command line; RuntimeError with what it printed if it fails."""
+def run(command, must=True):
+    """Run a command line, which must not fail: RuntimeError with what it printed."""
     ended = subprocess.run(command.split(), capture_output=True, text=True)
-    if ended.returncode:
+    if must and ended.returncode:
         raise RuntimeError(f"{command}: {ended.stdout}{ended.stderr}")
     return ended.stdout
 
 
-def namespace(number):
-    """A namespace's name."""
-    return f"links{number}"
-
-
 @contextlib.contextmanager
 def namespaces(count, rate):
-    """Namespaces with addresses NETWORK.1 and so on, on a bridge; all that runs in them is ended."""
+    """Namespaces links0 and so on, with the addresses NETWORK.1 and so on, on a bridge; all that runs
+    in them is ended."""
     limit = f"root tbf rate {rate} burst 1mb latency 100ms"
     try:
         run("ip link add links-bridge type bridge")
         run("ip link set links-bridge up")
         for number in range(count):
-            here = f"ip netns exec {namespace(number)}"
-            run(f"ip netns add {namespace(number)}")
+            here = f"ip netns exec links{number}"
+            run(f"ip netns add links{number}")
             run(f"ip link add out{number} type veth peer name in{number}")
-            run(f"ip link set in{number} netns {namespace(number)}")
+            run(f"ip link set in{number} netns links{number}")
             run(f"ip link set out{number} master links-bridge up")
             run(f"{here} ip addr add {NETWORK}.{number + 1}/24 dev in{number}")
             run(f"{here} ip link set in{number} up")
@@ -56,26 +52,19 @@ def namespaces(count, rate):
         yield
     finally:
         for number in range(count):
-            with contextlib.suppress(RuntimeError):
-                run(f"ip link del out{number}")
-            with contextlib.suppress(RuntimeError):
-                for pid in run(f"ip netns pids {namespace(number)}").split():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(pid), signal.SIGKILL)
-                run(f"ip netns del {namespace(number)}")
-        with contextlib.suppress(RuntimeError):
-            run("ip link del links-bridge")
+            run(f"kill -9 {run(f'ip netns pids links{number}', must=False)}", must=False)
+            run(f"ip netns del links{number}", must=False)
+        run("ip link del links-bridge", must=False)
 
 
 def start_nodes(count, folder):
     """Start a Ray node in each namespace; the first one is the head."""
     ray = Path(sys.executable).with_name("ray")
-    size = "--num-cpus=1 --object-store-memory=600000000 --disable-usage-stats"
     for number in range(count):
-        role = f"--address={NETWORK}.1:{PORT}" if number else f"--head --port={PORT}"
-        role += "" if number else " --include-dashboard=false"
+        head = f"--head --port={PORT} --include-dashboard=false"
+        role = f"--address={NETWORK}.1:{PORT}" if number else head
         place = f"--node-ip-address={NETWORK}.{number + 1} --temp-dir={folder}/{number}"
-        run(f"ip netns exec {namespace(number)} {ray} start {role} {place} {size}")
+        run(f"ip netns exec links{number} {ray} start {role} {place} {SIZE}")
 
 
 def measure(megabytes, repeats):
@@ -93,46 +82,38 @@ def measure(megabytes, repeats):
     helpers = Helpers(functions.Helper)
     others = [node["NodeID"] for node in nodes.head.nodes() if node["NodeID"] != helpers.here]
     ray.get([helpers.on(node).fetch.remote([], []) for node in others])
+
+    def seconds(way):
+        ref = ray.put(np.ones(megabytes * 10**6, np.uint8))
+        start = time.perf_counter()
+        ray.get(way(ref))
+        taken = time.perf_counter() - start
+        del ref
+        time.sleep(1)  # for the object stores to free it
+        return taken
+
     ways = {
         "passed on": lambda ref: [there for there in helpers.pass_on(ref, others).values() if there],
         "all at once": lambda ref: [helpers.on(node).fetch.remote([ref], []) for node in others],
     }
-    seconds = {name: [] for name in ways}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for name, way in ways.items():
-            ref = ray.put(np.full(megabytes * 10**6, repeat, np.uint8))
-            start = time.perf_counter()
-            ray.get(way(ref))
-            seconds[name] += [time.perf_counter() - start] if repeat else []
-            del ref
-            time.sleep(1)  # for the object stores to free it
-    for name, values in seconds.items():
+    taken = take_turns({name: partial(seconds, way) for name, way in ways.items()}, repeats)
+    for name, values in taken.items():
         print(f"{name:12} {spread(values)} s to {len(others)} nodes", flush=True)
-    print("ratio:", spread(np.divide(seconds["passed on"], seconds["all at once"])))
+    print("ratio:", spread(np.divide(taken["passed on"], taken["all at once"])))
 
 
 def main():
     """Set up the nodes, and measure in a process on the first one."""
-    parser = argparse.ArgumentParser(description="Measure passing an object on over limited links.")
-    parser.add_argument("--nodes", type=int, default=12)
-    parser.add_argument("--rate", default="400mbit", help="of each link, as tc writes it")
-    parser.add_argument("--megabytes", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    flags = {"nodes": 12, "rate": "400mbit", "megabytes": 50, "repeats": 7, "inside": False}
+    args = read_flags(__doc__, **flags)
     if args.inside:
         measure(args.megabytes, args.repeats)
         return
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-benchmark-alone-0123456789abc"}
-    folder = tempfile.mkdtemp()
-    try:
-        with namespaces(args.nodes, args.rate):
-            start_nodes(args.nodes, folder)
-            inside = f"ip netns exec {namespace(0)} {sys.executable} {__file__} --inside"
-            options = f"--megabytes {args.megabytes} --repeats {args.repeats}"
-            subprocess.run(f"{inside} {options}".split(), check=True)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder, namespaces(args.nodes, args.rate):
+        start_nodes(args.nodes, folder)
+        inside = [sys.executable, *sys.argv, "--inside"]
+        subprocess.run(["ip", "netns", "exec", "links0", *inside], check=True)
 
 
 if __name__ == "__main__":

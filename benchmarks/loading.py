@@ -4,43 +4,40 @@
 
 FOLDER is laid out like the bucket: tars of full-size photos below ILSVRC2012_img_train/ and train.txt.
 An S3 server on loopback serves it over HTTP. What is compared takes turns, so that a change of the
-machine's speed affects all of it. Prints medians and, in brackets, the least and the most.
+machine's speed affects all of it. Prints medians and, in brackets, the least and the most; a ratio is
+the median of the ratios of neighbouring measurements. The last table is about images stored as JPEGs.
 """
 
-import argparse
 import contextlib
 import io
 import logging
 import os
 import tarfile
 import time
-from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
 import measuring
-from measuring import spread, take_turns
+from measuring import TRAIN, private_memory, spread, take_turns
 
 import driver
 import imagenet
 from machinery.cluster import joining, tasks
 from machinery.storage.images import decode_image
 from stage_imagenet import resize
-from tests.support import make_tar
+from tests.support import make_tar, titled
 
 import cv2
 import numpy as np
 import ray
+import simplejpeg
 from PIL import Image
 
 CPUS = 2
 SIZE = [256, 256]
-PREFIX = "ILSVRC2012_img_train/"
 PASS_IMAGES = 3000  # a pass reads the folder's tars in as many copies as make so many images
 BIG_TAR_IMAGES = 1300  # in a tar of ImageNet
-
-# A line of the table: ours and the other as lists of numbers in pairs, and what their ratio should be.
-Row = namedtuple("Row", "measure ours other unit target")
+QUALITIES = 80, 85, 88, 90, 92, 95  # of JPEGs
 
 
 # ---- the ways to load: each loads all tars and returns how many images it has loaded
@@ -65,19 +62,19 @@ def resize_as_written(data):
     return np.asarray(rgb.resize(SIZE[::-1], Image.Resampling.LANCZOS))
 
 
-def open_tar(source, tar):
-    """A tar, downloaded into memory as ours."""
+def read_tar(source, tar):
+    """The names and bytes of a tar's members; it is downloaded into memory, as ours is."""
     with contextlib.closing(source.open(tar)) as file:
-        return tarfile.open(fileobj=io.BytesIO(file.read()))
+        data = io.BytesIO(file.read())
+    with tarfile.open(fileobj=data) as members:
+        for member in members:
+            yield member.name, members.extractfile(member).read()
 
 
 def load_tar_as_written(source, tar):
     """The write-up's way with one tar: one array an image, then all as one."""
-    images, names = [], []
-    with open_tar(source, tar) as members:
-        for member in members:
-            images.append(resize_as_written(members.extractfile(member).read())[None])
-            names.append(member.name)
+    pairs = [(resize_as_written(data)[None], name) for name, data in read_tar(source, tar)]
+    images, names = zip(*pairs, strict=True)
     return np.concatenate(images), names
 
 
@@ -97,14 +94,11 @@ def load_with_ray_data(source, tars):
     import pyarrow.fs
 
     scheme, _, host = os.environ["AWS_ENDPOINT_URL"].partition("://")
-    user = {"access_key": os.environ["AWS_ACCESS_KEY_ID"], "region": os.environ["AWS_DEFAULT_REGION"]}
-    user["secret_key"] = os.environ["AWS_SECRET_ACCESS_KEY"]
-    s3 = pyarrow.fs.S3FileSystem(**user, endpoint_override=host, scheme=scheme)
+    s3 = pyarrow.fs.S3FileSystem(endpoint_override=host, scheme=scheme)
     paths = [f"{source.name}/{tar.key}" for tar in tars]
     # The fastest of what was tried: few large blocks, and the same num_cpus, which fuses the two steps.
-    photos = ray.data.read_webdataset(
-        paths, filesystem=s3, decoder=None, override_num_blocks=4 * CPUS, num_cpus=0.5
-    )
+    options = {"filesystem": s3, "decoder": None, "override_num_blocks": 4 * CPUS, "num_cpus": 0.5}
+    photos = ray.data.read_webdataset(paths, **options)
     return photos.map_batches(decode_batch, batch_size=None, num_cpus=0.5).materialize().count()
 
 
@@ -114,8 +108,7 @@ def load_with_tf_data(source, tars, **resize):
 
     def members():
         for tar in tars:
-            with open_tar(source, tar) as files:
-                yield [files.extractfile(member).read() for member in files]
+            yield [data for _, data in read_tar(source, tar)]
 
     def decode(data):
         image = tf.io.decode_jpeg(data, 3, dct_method="INTEGER_FAST", fancy_upscaling=False)
@@ -129,22 +122,26 @@ def load_with_tf_data(source, tars, **resize):
     return sum(len(batch) for batch in photos.with_options(options).as_numpy_iterator())
 
 
-# ---- measurements
+# ---- measurements: each prints rows of the table
 
 
-def copies_of(photos):
-    """How often a pass reads the photos."""
-    return -(-PASS_IMAGES // len(photos))
+def row(measure, ours, other, unit):
+    """Print a row: two lists of numbers, in pairs of neighbours."""
+    ratio = np.median(np.divide(ours, other))
+    print(f"{measure:<76} {spread(ours):>20} {spread(other):>20} {unit:<13} {ratio:5.2f}", flush=True)
 
 
-def put_copies(s3, key, tar, photos):
-    """Put as many copies of a tar into the bucket as a pass reads; their keys start so."""
-    for copy in range(copies_of(photos)):
-        s3.put_object(Bucket="benchmark", Key=f"{key}{copy}.tar", Body=tar)
+def put_copies(s3, prefix, tar, photos):
+    """Put as many copies of a tar into the bucket as a pass reads; returns how many."""
+    copies = -(-PASS_IMAGES // len(photos))
+    for copy in range(copies):
+        s3.put_object(Bucket="benchmark", Key=f"{prefix}{copy}.tar", Body=tar)
+    return copies
 
 
-def speed(load, source, tars, images):
+def speed(load, source, prefix, images):
     """Images a second and core of a way to load; RuntimeError if it does not load them all."""
+    tars, _ = imagenet.list_tars(source, prefix)
     start = time.perf_counter()
     loaded = load(source, tars)
     seconds = time.perf_counter() - start
@@ -153,39 +150,34 @@ def speed(load, source, tars, images):
     return images / seconds / CPUS
 
 
-def speeds(source, photos, repeats):
-    """Our images a second and core, from S3 into memory, against other ways to load."""
+def speeds(source, images, repeats):
+    """From S3 into memory, against other ways to load."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every run
-    others = {
-        "the write-up's way": (load_as_written, ">= 1.7"),
-        "ray.data": (load_with_ray_data, "> 1"),
-        "tf.data, bilinear": (partial(load_with_tf_data, antialias=True), "> 1"),
-        "tf.data, area": (partial(load_with_tf_data, method="area"), "> 1"),
+    ways = {
+        "ours": load_ours,
+        "the write-up's way": load_as_written,
+        "ray.data": load_with_ray_data,
+        "tf.data, bilinear": partial(load_with_tf_data, antialias=True),
+        "tf.data, area": partial(load_with_tf_data, method="area"),
     }
-    what = source, imagenet.list_tars(source, PREFIX)[0], copies_of(photos) * len(photos)
-    ways = {name: partial(speed, load, *what) for name, (load, _) in others.items()}
-    results = take_turns({"ours": partial(speed, load_ours, *what), **ways}, repeats)
-    return [
-        Row(f"S3 to memory, against {name}", results["ours"], results[name], "images/s/core", target)
-        for name, (_, target) in others.items()
-    ]
+    ways = {name: partial(speed, load, source, TRAIN, images) for name, load in ways.items()}
+    results = take_turns(ways, repeats)
+    ours = results.pop("ours")
+    for name, other in results.items():
+        row(f"S3 to memory, against {name}", ours, other, "images/s/core")
 
 
 def resized(s3, source, photos, repeats):
     """The same photos, resized as stage_imagenet.py --resize 256 does, against as they are."""
-    kinds, ways = {"resized": [resize(photo, SIZE[0]) for photo in photos], "full": photos}, {}
-    for name, kind in kinds.items():
-        put_copies(
-            s3, f"{name}/", make_tar({f"{i}.JPEG": photo for i, photo in enumerate(kind)}), photos
-        )
-        tars, _ = imagenet.list_tars(source, f"{name}/")
-        ways[name] = partial(speed, load_ours, source, tars, copies_of(photos) * len(photos))
-    results, sizes = take_turns(ways, repeats), {k: [len(b"".join(v)) / 1e6] for k, v in kinds.items()}
-    return [
-        Row("staged with --resize 256, size", sizes["resized"], sizes["full"], "MB", "<= 1"),
-        Row("and speed", results["resized"], results["full"], "images/s/core", "> 1"),
-    ]
+    sizes, ways = [], {}
+    for name, some in ("resized", [resize(photo, SIZE[0]) for photo in photos]), ("full", photos):
+        tar = make_tar({f"{i}.JPEG": photo for i, photo in enumerate(some)})
+        images = put_copies(s3, f"{name}/", tar, photos) * len(photos)
+        ways[name] = partial(speed, load_ours, source, f"{name}/", images)
+        sizes.append([sum(map(len, some)) / 1e6])
+    row("staged with --resize 256, size", *sizes, "MB")
+    row("and speed", *take_turns(ways, repeats).values(), "images/s/core")
 
 
 def load_and_time(source, tar):
@@ -198,14 +190,12 @@ def load_and_time(source, tar):
 
 def overhead(source, photos, repeats):
     """What a load task does per CPU-second, against a bare loop of our decoder over bytes in memory."""
-    tars, _ = imagenet.list_tars(source, PREFIX)
+    tars, _ = imagenet.list_tars(source, TRAIN)
     cv2.setNumThreads(1)  # as in a load task
 
     def in_tasks():
-        images, seconds = zip(
-            *ray.get([tasks.start(load_and_time, source, tar) for tar in tars]), strict=True
-        )
-        return sum(images) / sum(seconds)
+        timed = ray.get([tasks.start(load_and_time, source, tar) for tar in tars])
+        return np.divide(*np.sum(timed, axis=0))
 
     def loop():
         start = time.process_time()
@@ -214,33 +204,46 @@ def overhead(source, photos, repeats):
         return len(photos) / (time.process_time() - start)
 
     results = take_turns({"tasks": in_tasks, "loop": loop}, repeats)
-    measure = "load tasks, against a loop over bytes in memory"
-    return Row(measure, results["tasks"], results["loop"], "images/CPU-s", ">= 0.9")
+    row("load tasks, against a loop over bytes in memory", *results.values(), "images/CPU-s")
+
+
+def difference(images, others):
+    """The mean absolute difference of images from others, in grey levels."""
+    pairs = zip(images, others, strict=True)
+    return np.mean([np.abs(image.astype(int) - other).mean() for image, other in pairs])
+
+
+def timed(function, values):
+    """What a function makes of each value, and the milliseconds of CPU time that one takes."""
+    start = time.process_time()
+    made = [function(value) for value in values]
+    return made, 1e3 * (time.process_time() - start) / len(values)
 
 
 def quality(photos):
-    """The mean absolute difference from the write-up's pixels, over all images."""
-    pairs = ((decode_image(data, SIZE), resize_as_written(data)) for data in photos)
-    differences = [np.abs(ours.astype(int) - other).mean() for ours, other in pairs]
-    return Row("difference from Lanczos", [np.mean(differences)], [2.5], "grey levels", "<= 1")
-
-
-@ray.remote
-def idle():
-    """A task that does nothing. Returns its process's id."""
-    return os.getpid()
+    """How far images are from the write-up's, beside the goal; and what storing them as JPEGs costs."""
+    images = [decode_image(photo, SIZE) for photo in photos]
+    as_written = map(resize_as_written, photos)
+    row("difference from Lanczos", [difference(images, as_written)], [2.5], "grey levels")
+    print("JPEGs: quality, kB, mean difference in grey levels, CPU ms to encode, to decode")
+    for quality in QUALITIES:
+        jpegs, encode = timed(lambda x, q=quality: simplejpeg.encode_jpeg(x, q, "RGB", "420"), images)
+        pixels, decode = timed(lambda x: simplejpeg.decode_jpeg(x, "RGB"), jpegs)
+        size, lost = np.mean([*map(len, jpegs)]) / 1e3, difference(images, pixels)
+        print(f"{quality:7} {size:6.1f} {lost:6.2f} {encode:6.2f} {decode:6.2f}", flush=True)
 
 
 def peak_memory(source, tars):
     """MB that the task that loads a tar takes at its peak, above a worker that has done nothing."""
     with joining.join(driver.runtime_env(), None, num_cpus=1):
-        tasks.limit(driver.TASK_TIMEOUT)
+        tasks.limit(driver.TASK_TIMEOUT, driver.WORKER_WAIT)
         start = 0
         while not start:  # the worker may end before it is looked at
-            start = peak = measuring.private_memory(ray.get(idle.remote()))
+            start = peak = private_memory(ray.get(tasks.start(os.getpid)))
         [tar] = imagenet.load_tarfiles_from_s3(source, tars, SIZE)
         while not ray.wait([tar.images], timeout=0.01, fetch_local=False)[0]:
-            peak = max(peak, *map(measuring.private_memory, measuring.ray_workers()))
+            below = titled(os.getpid(), "ray::")
+            peak = max([peak, *(private_memory(each.pid) for each in below)])
     return peak - start
 
 
@@ -251,50 +254,28 @@ def memory(s3, source, photos, repeats):
     allowed = (BIG_TAR_IMAGES * np.prod([*SIZE, 3]) + len(tar)) / 1e6 + 100
     tars, _ = imagenet.list_tars(source, "big.tar")
     peaks = [peak_memory(source, tars) for _ in range(repeats)]
-    measure = f"peak of loading {BIG_TAR_IMAGES} images, against array, tar and 100 MB"
-    return Row(measure, peaks, [allowed] * repeats, "MB", "<= 1")
-
-
-# ---- the table
-
-
-def print_cells(*cells):
-    """Print a line of the table."""
-    print("{:<76} {:>20} {:>20} {:<13} {:>5} {:>6} {}".format(*cells).rstrip(), flush=True)
-
-
-def report(*rows):
-    """Print rows; a ratio is the median of the ratios of neighbouring measurements."""
-    for row in rows:
-        ratios = np.divide(row.ours, row.other)
-        cells = row.measure, spread(row.ours), spread(row.other), row.unit, f"{np.median(ratios):.2f}"
-        print_cells(*cells, row.target, measuring.verdict(ratios, row.target))
+    row("peak of loading a tar, against array, tar and 100 MB", peaks, [allowed] * repeats, "MB")
 
 
 def main():
     """Measure and print everything."""
-    parser = argparse.ArgumentParser(description="Measure loading beside other ways to do it.")
-    parser.add_argument("folder", type=Path, help="folder laid out like the bucket")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each kind (default: 5)")
-    args = parser.parse_args()
+    args = measuring.read_flags(__doc__, "folder", repeats=5)
     photos = measuring.read_photos(args.folder)
-    if not photos:
-        parser.error(f"{args.folder / PREFIX} holds no tar with images")
     with measuring.loopback() as s3:
         s3.create_bucket(Bucket="benchmark")
         source = imagenet.source_of("benchmark")
-        for path in sorted((args.folder / PREFIX).glob("*.tar")):
-            put_copies(s3, f"{PREFIX}{path.stem}-", path.read_bytes(), photos)
-        print_cells("", "ours", "other", "unit", "ratio", "target", "")
+        for path in sorted(Path(args.folder, TRAIN).glob("*.tar")):
+            copies = put_copies(s3, f"{TRAIN}{path.stem}-", path.read_bytes(), photos)
+        print(f"{'':76} {'ours':>20} {'other':>20} {'unit':<13} ratio")
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
         with joining.join(driver.runtime_env(), None, num_cpus=CPUS, _system_config=warm):
-            tasks.limit(driver.TASK_TIMEOUT)
-            report(*speeds(source, photos, args.repeats))
-            report(overhead(source, photos, args.repeats))
-            report(*resized(s3, source, photos, args.repeats))
-        report(quality(photos))
-        report(memory(s3, source, photos, args.repeats))
+            tasks.limit(driver.TASK_TIMEOUT, driver.WORKER_WAIT)
+            speeds(source, copies * len(photos), args.repeats)
+            overhead(source, photos, args.repeats)
+            resized(s3, source, photos, args.repeats)
+        memory(s3, source, photos, args.repeats)
+        quality(photos)
 
 
 if __name__ == "__main__":

@@ -222,10 +222,7 @@ class Misfortunes:
         self.nodes.healthy.append(self.nodes.add())
 
     def node_dies(self, **options):
-        """A healthy node is there no more, with all that runs and lies on it.
-
-        `options` are those of the node that comes.
-        """
+        """A healthy node dies, with all that lies on it; `options` are those of the one that comes."""
         node = self._replaced(**options)
         self.nodes.healthy += [node] if node else []
         return node is not None

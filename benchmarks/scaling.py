@@ -16,29 +16,20 @@ milliseconds: of the driver, and of all other processes, which share this machin
 memory has a worker of its own?
 """
 
-import argparse
+import contextlib
 import itertools
 import os
 import re
 import time
 import urllib.request
 
-from measuring import (
-    NUM_CLASSES,
-    WORKERS,
-    ask,
-    loopback,
-    private_memory,
-    ray_workers,
-    run_apart,
-    spread,
-    watch,
-)
+import measuring
+from measuring import WORKERS, spread
 
 import functions
 from machinery.cluster import joining
-from machinery.cluster.nodes import ACTOR, Actor, place
-from tests.support import THIN, fill_bucket
+from machinery.cluster.nodes import ACTOR, Actor
+from tests.support import THIN, workers_of
 
 import numpy as np
 import psutil
@@ -50,7 +41,7 @@ MINI_BATCH = 20  # images: 3 MB
 WARM_UP = 3  # iterations; without computing, one more for each set that the object store has room for
 SPARE = 4  # sets that fit into a node's object store beside those of its workers
 LEAST_STORE = 500 * 2**20  # bytes
-SETTLED = 1.5  # seconds without a change, after which counters are final
+LOOKS = 8  # in a row without a change, 0.2 s apart, after which counters are final
 
 
 @ray.remote(**ACTOR)
@@ -59,9 +50,6 @@ class Returner(Actor):
 
     def __init__(self, network):
         pass
-
-    def place(self):
-        return place()
 
     def update_weights(self, iteration, weightrefs, passed_on=()):
         pass
@@ -89,20 +77,20 @@ def counters():
 
 def settled_counters():
     """The counters, once they stand still."""
-    last, since = counters(), time.monotonic()
-    while time.monotonic() - since < SETTLED:
+    seen = [counters()]
+    while len(seen) < LOOKS or (seen[-1] != seen[-LOOKS]).any():
         time.sleep(0.2)
-        now = counters()
-        if (now != last).any():
-            last, since = now, time.monotonic()
-    return last
+        seen.append(counters())
+    return seen[-1]
 
 
 def cpu_seconds():
     """CPU seconds so far of this process and of those that it has started: a dict by process id."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    times = {process.pid: ask(process.cpu_times, None) for process in processes}
-    return {pid: taken.user + taken.system for pid, taken in times.items() if taken}
+    times = {}
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            times[process.pid] = sum(process.cpu_times()[:2])  # user and system
+    return times
 
 
 def measure(nodes, workers, one_set, args):
@@ -117,23 +105,21 @@ def measure(nodes, workers, one_set, args):
         (driver.LAYERS, driver.NUM_CLASSES), driver.MINI_BATCH = THIN_NETWORK, 1
     else:
         driver.MINI_BATCH, driver.ACCURACY_EVERY = MINI_BATCH, 10**9
-    seconds, counts, memory, used = [], [], [], []
+    seconds, counts, memory, used = [], [], [0], []
     # A worker maps the pages of the object store one by one, when it first writes to them.
     warm_up = WARM_UP + (0 if args.compute or args.thin else workers + SPARE)
 
-    def stand_still(phases):
-        seconds.append(phases)
+    def stand_still(moments):
+        seconds.append(measuring.phases(moments))
         counts.append(settled_counters() if nodes > 1 else np.zeros((1, 2)))
         if len(seconds) in (warm_up, warm_up + args.iterations):
             used.append(cpu_seconds())
         if len(seconds) == warm_up:
-            others = set(ray_workers(["Worker"]))
-            memory.extend(private_memory(pid) for pid in set(ray_workers()) - others)
+            memory.extend(measuring.private_memory(worker.pid) for worker in workers_of(os.getpid()))
 
-    store = int(1.2 * (workers + SPARE) * one_set)
-    size = {"num_cpus": workers * args.cpus, "object_store_memory": max(store, LEAST_STORE)}
-    with loopback() as s3:
-        fill_bucket(s3, "scaling", images_per_class=60)
+    store = max(int(1.2 * (workers + SPARE) * one_set), LEAST_STORE)
+    size = {"num_cpus": workers * args.cpus, "object_store_memory": store}
+    with measuring.small_bucket(images_per_class=60) as flags:
         quick = {"metrics_report_interval_ms": 500}
         machines = Cluster(initialize_head=True, head_node_args=size | {"_system_config": quick})
         for _ in range(nodes - 1):
@@ -141,40 +127,32 @@ def measure(nodes, workers, one_set, args):
         os.environ["RAY_ADDRESS"] = machines.address
         joining.join(driver.runtime_env(), None)
         head = [node["NodeID"] for node in ray.nodes()].index(ray.get_runtime_context().get_node_id())
-        flags = ["--s3-bucket", "scaling", "--iterations", str(warm_up + args.iterations)]
+        flags += ["--iterations", str(warm_up + args.iterations)]
         actor = functions.Worker if args.compute else Returner
-        driver.main(flags, report=watch(stand_still), actor=actor)
+        driver.main(flags, report=measuring.watch(stand_still), actor=actor)
         ray.shutdown()
         machines.shutdown()
     moved = np.diff(counts, axis=0)[-args.iterations :]
     before, after = used
     cpu = {pid: (after[pid] - before[pid]) / args.iterations for pid in before.keys() & after.keys()}
     cpu = 1000 * np.array([cpu.pop(os.getpid()), sum(cpu.values())])
-    return head, seconds[-args.iterations :], moved, max(memory, default=0), cpu
+    return head, seconds[-args.iterations :], moved, max(memory), cpu
 
 
 def main():
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description="Measure what crosses between nodes.")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--workers", type=int, nargs="+", default=[WORKERS], help="of a node")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--thin", action="store_true", help="calls and waits alone")
-    parser.add_argument("--compute", action="store_true", help="workers that compute")
-    parser.add_argument("--cpus", type=int, default=1, help="of a worker")
-    parser.add_argument("--iterations", type=int, default=20)
-    args = parser.parse_args()
+    flags = {"nodes": [1, 2, 4, 8], "workers": [WORKERS], "precision": measuring.PRECISIONS}
+    flags |= {"thin": False, "compute": False, "cpus": 1, "iterations": 20}
+    args = measuring.read_flags(__doc__, **flags)
     import alexnet
 
-    network = THIN_NETWORK if args.thin else (alexnet.LAYERS, NUM_CLASSES)
+    network = THIN_NETWORK if args.thin else (alexnet.LAYERS, 1000)
     one_set = alexnet.set_bytes(*network, args.precision)
-    print(f"A set of weights or gradients: {one_set / 1e6:.1f} MB")
-    print(
-        "Whole sets into and out of the driver's node, and of all nodes; MB of anything else; seconds"
-    )
+    print(f"Sets of {one_set / 1e6:.1f} MB, of the driver's node and all; MB of anything else; seconds")
     print("nodes workers   into  out of    all  else, MB            an iteration  of it, by phase")
     for nodes, workers in itertools.product(args.nodes, args.workers):
-        head, seconds, moved, memory, cpu = run_apart(measure, nodes, workers, one_set, args)
+        what = nodes, workers, one_set, args
+        head, seconds, moved, memory, cpu = measuring.run_apart(measure, *what)
         into, out, everything = moved[:, head, 0], moved[:, head, 1], moved[:, :, 0].sum(axis=1)
         sets = [np.median(values // one_set) for values in (into, out, everything)]
         rest, taken = np.median(everything % one_set) / 1e6, [sum(p.values()) for p in seconds]
@@ -184,10 +162,8 @@ def main():
         used = "; CPU ms {:.0f} and {:.0f}".format(*cpu) if args.thin else ""
         print(f"{row} {spread(taken, '.2f'):>23}  {by_phase}{used}", flush=True)
         if args.compute:
-            speeds = [nodes * workers * MINI_BATCH / value for value in taken]
-            print(
-                f"{spread(speeds, '.1f')} images/s, a worker has {memory:.0f} MB of its own", flush=True
-            )
+            speed = spread([nodes * workers * MINI_BATCH / value for value in taken], ".1f")
+            print(f"{speed} images/s, a worker has {memory:.0f} MB of its own", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ iteration. The soak fails if one bit of the weights differs, if the driver ends 
 error, or if it stands still. As root, the disks of the checkpoints and of the log fill up, too.
 """
 
-import argparse
 import os
 import random
 import re
@@ -22,14 +21,16 @@ from collections import deque
 from functools import partial
 from pathlib import Path
 
+from measuring import PRECISIONS, TRAIN, read_flags, small_bucket
 from misfortunes import NODES, Disk, Misfortunes, Soaked, Weather, ask
 
-from machinery.cluster.nodes import place
+from machinery.cluster.nodes import cpuinfo
 from tests.fault_proxy import fault_proxy
 from tests.nodes import Nodes
-from tests.support import ROOT, checksums, fill_bucket, s3_client, s3_server
+from tests.support import ROOT, checksums
 
 SETTINGS = {
+    "PACE": 0,
     "NUM_WORKERS": 2 * NODES,
     "MINI_BATCH": 4,
     "STORED": "jpeg",  # or the room of each cluster would decide
@@ -62,9 +63,8 @@ class Log:
         """Count and print what must not happen, and the lines before it."""
         self.flaws += 1
         self.write(f"FLAW: {what}")
-        print(
-            f"FLAW at {time.monotonic() - self._start:.1f} s: {what}", *lines, sep="\n    ", flush=True
-        )
+        seconds = time.monotonic() - self._start
+        print(f"FLAW at {seconds:.1f} s: {what}", *lines, sep="\n    ", flush=True)
 
 
 class Driver:
@@ -101,14 +101,10 @@ class Driver:
         self._errors, self._reads, self._started = [], False, time.monotonic()
         follow = ["tail", "-s", "0.1", "-c", f"+{before + 1}", f"--pid={self._process.pid}"]
         tail = subprocess.Popen([*follow, "-f", self._output], stdout=subprocess.PIPE, text=True)
-        self._reader = threading.Thread(target=self._read, args=[tail])
+        self._reader = threading.Thread(target=self._read, args=[tail.stdout])
         self._reader.start()
 
-    def _read(self, tail):
-        with tail:
-            self._note(tail.stdout)
-
-    def _note(self, output):
+    def _read(self, output):
         for line in output:
             self._log.write(f"| {line.rstrip()}")
             self._lines.append(line.rstrip())
@@ -203,24 +199,23 @@ def disturb(misfortunes, minutes):
     driver.interrupt(signal.SIGTERM)
 
 
-def command(folder, precision, iterations=10**6, pace=0, **settings):
+def command(folder, flags, **settings):
     """The command line of a driver that saves to a folder."""
-    settings = SETTINGS | settings | {"PRECISION": precision, "PACE": pace}
     program = [sys.executable, "-u", str(ROOT / "tests" / "thin_driver.py")]
-    flags = ["--s3-bucket", "soak", "--val-prefix", "ILSVRC2012_img_train/n01500007"]
-    flags += ["--val-label-file", "train.txt", "--iterations", str(iterations)]
-    flags += ["--checkpoint-dir", f"{folder}/checkpoints", "--log-dir", f"{folder}/curves"]
-    return [*program, *(f"{name}={value!r}" for name, value in settings.items()), *flags]
+    held_out = ["--val-prefix", f"{TRAIN}n01500007", "--val-label-file", "train.txt"]
+    places = ["--checkpoint-dir", f"{folder}/checkpoints", "--log-dir", f"{folder}/curves"]
+    constants = [f"{name}={value!r}" for name, value in (SETTINGS | settings).items()]
+    return [*program, *constants, *flags, *held_out, *places]
 
 
-def disturbed(folder, args, endpoint, log):
+def disturbed(folder, args, flags, log):
     """Train amid misfortunes on two disks; checksums, the last iteration, and the Misfortunes."""
     saved, said, credentials = folder / "disturbed", folder / "said", folder / "credentials"
     os.environ |= {"AWS_ACCESS_KEY_ID": "", "AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
     disks, nodes = {"checkpoints": Disk(saved), "log": Disk(said)}, Soaked()
-    with fault_proxy(endpoint) as proxy:
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         there = {"RAY_ADDRESS": nodes.address, "AWS_ENDPOINT_URL": proxy.url}
-        line = command(saved, args.precision, pace=PACE)
+        line = command(saved, flags, PRECISION=args.precision, PACE=PACE)
         driver = Driver(line, os.environ | there, said / "driver.log", log)
         proxy.faults = weather = Weather(driver.reads, proxy, credentials)
         rng = random.Random(args.seed)
@@ -236,10 +231,11 @@ def disturbed(folder, args, endpoint, log):
                 disk.unmount()
 
 
-def undisturbed(folder, args, iterations, log):
+def undisturbed(folder, args, flags, iterations, log):
     """Checksums of a run to an iteration on one node, which nothing disturbs."""
     saved, nodes = folder / "undisturbed", Nodes(2 * NODES, others=0, cpus=0)
-    line = command(saved, args.precision, iterations, WORKER_TIMEOUT=120, WORKER_WAIT=300)
+    flags = [*flags, "--iterations", str(iterations)]
+    line = command(saved, flags, PRECISION=args.precision, WORKER_TIMEOUT=120, WORKER_WAIT=300)
     environment = os.environ | {"RAY_ADDRESS": nodes.address}
     try:
         ended = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -265,25 +261,16 @@ def print_table(misfortunes, equal, iteration):
 
 def main():
     """Disturb, compare, print; the exit status is 0 where nothing was wrong."""
-    parser = argparse.ArgumentParser(
-        description="Disturb a run, and compare it with an undisturbed one."
-    )
-    parser.add_argument("--minutes", type=float, required=True, help="how long misfortunes happen")
-    parser.add_argument("--seed", type=int, default=0, help="decides their order and moments")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    args = parser.parse_args()
-    if args.precision == "bfloat16" and not place().bfloat16:
-        parser.error("this CPU has no instructions for bfloat16: a step would take minutes")
+    args = read_flags(__doc__, minutes=5.0, seed=0, precision=PRECISIONS)
+    if args.precision == "bfloat16" and "bf16" not in cpuinfo():
+        sys.exit("this CPU has no instructions for bfloat16: a step would take minutes")
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, a driver would go on after it
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     log = Log(folder / "log")
     print(f"The drivers' lines, and what happens to them: {folder / 'log'}", flush=True)
-    with s3_server() as environment:
-        os.environ.update(environment)
-        os.environ.pop("AWS_PROFILE", None)
-        fill_bucket(s3_client(environment), "soak", images_per_class=12)
-        sums, last, misfortunes = disturbed(folder, args, environment["AWS_ENDPOINT_URL"], log)
-        equal = undisturbed(folder, args, last, log) == sums
+    with small_bucket() as flags:
+        sums, last, misfortunes = disturbed(folder, args, flags, log)
+        equal = undisturbed(folder, args, flags, last, log) == sums
     if not all(disk.small for disk in misfortunes.disks.values()):
         print("No disk of its own could be mounted (this takes root): it was never full")
     print_table(misfortunes, equal, last)

@@ -1,8 +1,10 @@
 """A training step, measured: driver.py beside what a user would pick instead, on the same network.
 
     python benchmarks/step.py [--mini-batch 20] [--precision float32] [--repeats 9]
+    python benchmarks/step.py --what parts --repeats 4
+    python benchmarks/step.py --what validation --repeats 7
 
-Ours is driver.py as it is shipped, with 2 workers of one CPU; the others are
+Ours is driver.py as it is shipped, with 2 workers of one CPU; the others, of which --peers chooses, are
 
     session   one plain TensorFlow session of 2 threads on the mini-batches of both workers: the limit
     apart     two sessions of one thread that compute gradients and send them nowhere: our limit
@@ -10,35 +12,39 @@ Ours is driver.py as it is shipped, with 2 workers of one CPU; the others are
     ddp       PyTorch's DistributedDataParallel over gloo, 2 processes of one thread, channels_last
 
 The input of the others lies ready in memory; driver.py draws and crops its own. All run all the time
-and take turns, so that a change of the machine's speed affects all of them. One that waits uses no CPU.
-A turn is ten iterations, of which ours measures an accuracy in one.
-Prints medians and, in brackets, the least and the most. A ratio is the median of the ratios of
-neighbours. The last line has the median seconds of the phases of our iteration.
+and take turns of so many --steps. One that waits uses no CPU. Of ten steps, ours measures an accuracy
+in one. Prints medians and, in brackets, the least and the most; a ratio is that of neighbours.
+
+With --what parts: what --repeats times --steps of our iterations, those without an accuracy, are made
+of, in milliseconds. With --what validation: `functions.validate` by our workers, from uint8 images in
+the object store to counts of hits, in turns with the network alone: 2 processes of one thread, with
+centred float32 images.
 """
 
-import argparse
+import atexit
 import json
 import os
 import signal
+import tempfile
 import time
-from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 import measuring
-from measuring import KEEP_PROBABILITY, NUM_CLASSES, WARM_UP, WORKERS, initial_weights, serve, spread
+from measuring import WORKERS, spread, take_turns
 
-from tests.support import draw_image, drive, fill_bucket, free_port
+from tests.support import draw_image, drive, free_port
 
 import numpy as np
 
+NUM_CLASSES, KEEP_PROBABILITY = 1000, 0.5
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.0025, 0.9, 5e-4
+WARM_UP = 4  # steps that are not measured, of a peer
+PARTS_WARM_UP = 10  # iterations before those whose parts are measured
+BATCHES, IMAGES = 4, 500  # that are validated, and the images of one
 
-# What ours should reach, in images a second over the peer's, by (mini-batch, precision).
-TARGETS = {
-    (20, "float32"): {"session": 1.0, "mirrored": 2.0, "ddp": 1.8},
-    (20, "bfloat16"): {"session": 1.0, "mirrored": 2.6, "ddp": 2.5},
-    (128, "float32"): {"session": 1.05},
-    (128, "bfloat16"): {"session": 1.05},
-}
+
+# ---- peers, and their input
 
 
 def make_batch(mini_batch):
@@ -53,6 +59,56 @@ def make_batch(mini_batch):
     return images, functions.one_hot(rng.integers(0, NUM_CLASSES, mini_batch), NUM_CLASSES)
 
 
+class Peer:
+    """Processes that do the same steps, and stand still until they are asked for some."""
+
+    def __init__(self, function, count, *arguments):
+        """Start so many processes of `function(pipe, rank, *arguments)`, each of which serves."""
+        context, self._pipes = get_context("spawn"), []
+        for rank in range(count):
+            pipe, end = context.Pipe()
+            context.Process(target=function, args=(end, rank, *arguments)).start()
+            end.close()
+            atexit.register(pipe.close)  # if this process fails, a peer that waits for it ends, too
+            self._pipes.append(pipe)
+        for pipe in self._pipes:  # they are warm
+            pipe.recv()
+
+    def steps(self, count):
+        """The seconds that a step takes in each process, of so many in a row; 0 ends the processes."""
+        for pipe in self._pipes:
+            pipe.send(count)
+        return [pipe.recv() for pipe in self._pipes]
+
+
+def serving(pipe):
+    """Yield for each step that warms up, and as the pipe asks; answers with a step's seconds."""
+    yield from range(WARM_UP)
+    pipe.send(None)
+    while count := pipe.recv():
+        start = time.perf_counter()
+        yield from range(count)
+        pipe.send((time.perf_counter() - start) / count)
+    pipe.send(None)
+
+
+def serve(pipe, step):
+    """Run a step whenever it is due."""
+    for _ in serving(pipe):
+        step()
+
+
+def initial_weights(precision="float32"):
+    """What the networks of all peers begin with, as the driver sends it to workers."""
+    import alexnet
+    import functions
+    from machinery.storage.tf1 import tf
+
+    kind = tf.as_dtype(precision).as_numpy_dtype
+    weights = alexnet.initial_weights(alexnet.LAYERS, NUM_CLASSES, "he", functions.generator(0))
+    return alexnet.as_bits([weight.astype(kind) for weight in weights])
+
+
 # ---- the peers; each function is a process: (pipe, rank, ports, mini-batch, precision)
 
 
@@ -61,40 +117,43 @@ def ours(pipe, rank, ports, mini_batch, precision):
     import driver
 
     driver.NUM_WORKERS, driver.MINI_BATCH, driver.PRECISION = WORKERS, mini_batch, precision
-    iterations, count, due, start = [], None, WARM_UP, None
+    due = serving(pipe)
 
-    def stand_still(phases):
-        nonlocal count, due, start
-        iterations.append(phases)
-        due -= 1
-        if due:
-            return
-        pipe.send(count and (time.perf_counter() - start) / count)
-        count = due = pipe.recv()
-        if not count:
-            measured = iterations[WARM_UP:]
-            pipe.send({name: np.median([i[name] for i in measured]) for name in phases})
+    def stand_still(_):
+        if next(due, None) is None:
             os.kill(os.getpid(), signal.SIGINT)  # it stops after this step
-        start = time.perf_counter()
 
-    with measuring.loopback() as s3:
-        fill_bucket(s3, "step", images_per_class=12)
-        drive(["--s3-bucket", "step"], report=measuring.watch(stand_still))
+    with measuring.small_bucket() as flags:
+        drive(flags, report=measuring.watch(stand_still))
 
 
 def session(pipe, rank, ports, mini_batch, precision):
     """One TensorFlow session: gradients, weight decay and momentum in one graph, nothing fetched."""
+    import alexnet
     from machinery.storage.tf1 import tf
 
+    def dropout(x, layer):
+        return alexnet.seeded_dropout(x, KEEP_PROBABILITY, np.array([0, layer]))
+
+    batch, weights = make_batch(mini_batch * WORKERS), initial_weights()
     with tf.Graph().as_default():
-        network = measuring.plain_network(precision)
+        inputs = [tf.placeholder(tf.float32, [None, *part.shape[1:]]) for part in batch]
+        options = {"initializer": tf.zeros_initializer(), "use_resource": True}
+        variables = [tf.get_variable(f"v{i}", w.shape, **options) for i, w in enumerate(weights)]
+        cast = [tf.cast(variable, precision) for variable in variables]  # products alone are in it
+        logits = alexnet.forward(inputs[0], cast, alexnet.LAYERS, dropout)
+        loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits_v2(inputs[1], logits))
         optimizer = tf.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
-        pairs = optimizer.compute_gradients(network.loss, network.variables)
+        pairs = optimizer.compute_gradients(loss, variables)
         train = optimizer.apply_gradients([(g + WEIGHT_DECAY * v, v) for g, v in pairs])
-        running = measuring.open_session(network, threads=WORKERS)
-    images, y_true = make_batch(mini_batch * WORKERS)
-    feed = {network.images: images, network.y_true: y_true}
-    serve(pipe, lambda: running.run([train, network.loss], feed))
+        config = tf.ConfigProto(device_count={"GPU": 0}, inter_op_parallelism_threads=1)
+        config.intra_op_parallelism_threads = WORKERS
+        running = tf.Session(config=config)
+        running.run(tf.global_variables_initializer())
+        for variable, weight in zip(variables, weights, strict=True):
+            variable.load(weight, running)
+    feed = dict(zip(inputs, batch, strict=True))
+    serve(pipe, lambda: running.run([train, loss], feed))
 
 
 def apart(pipe, rank, ports, mini_batch, precision):
@@ -123,7 +182,6 @@ def mirrored(pipe, rank, ports, mini_batch, precision):
     options = {"auto_mixed_precision_onednn_bfloat16": precision == "bfloat16"}
     tf.config.optimizer.set_experimental_options(options)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    images, y_true = make_batch(mini_batch)
     with strategy.scope():
         variables = [tf.Variable(weight) for weight in initial_weights()]
         optimizer = tf.compat.v1.train.MomentumOptimizer(LEARNING_RATE, MOMENTUM)
@@ -136,18 +194,16 @@ def mirrored(pipe, rank, ports, mini_batch, precision):
             logits = alexnet.forward(images, variables, alexnet.LAYERS, dropout)
             losses = tf.nn.softmax_cross_entropy_with_logits(y_true, logits)
             loss = tf.reduce_mean(losses) / WORKERS
-        gradients = tape.gradient(loss, variables)
-        pairs = zip(gradients, variables, strict=True)
-        decayed = [(g + WEIGHT_DECAY / WORKERS * v, v) for g, v in pairs]
-        optimizer.apply_gradients(decayed)
+        pairs = zip(tape.gradient(loss, variables), variables, strict=True)
+        optimizer.apply_gradients([(g + WEIGHT_DECAY / WORKERS * v, v) for g, v in pairs])
         return loss
 
     @tf.function
-    def step(images, y_true):
-        return strategy.run(replica_step, args=(images, y_true))
+    def step(*batch):
+        return strategy.run(replica_step, args=batch)
 
-    images, y_true = tf.constant(images), tf.constant(y_true)
-    serve(pipe, lambda: step(images, y_true).numpy())
+    batch = [tf.constant(part) for part in make_batch(mini_batch)]
+    serve(pipe, lambda: step(*batch).numpy())
 
 
 def ddp(pipe, rank, ports, mini_batch, precision):
@@ -200,43 +256,166 @@ def ddp(pipe, rank, ports, mini_batch, precision):
     serve(pipe, step)
 
 
-# ---- taking turns
+PEERS = {peer.__name__: peer for peer in (session, apart, mirrored, ddp)}
 
-PEERS = {peer.__name__: peer for peer in (ours, session, apart, mirrored, ddp)}
-ALONE = ours, session  # of one process; the others have as many as there are workers
+
+def compare(args):
+    """Have ours and its peers take turns, and print their speeds."""
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as tf1.py does, for all
+    peers = {}
+    for peer in (ours, *(PEERS[name] for name in args.peers)):
+        count, ports = 1 if peer in (ours, session) else WORKERS, [free_port() for _ in range(WORKERS)]
+        peers[peer.__name__] = Peer(peer, count, ports, args.mini_batch, args.precision)
+    ways = {name: lambda peer=peer: max(peer.steps(args.steps)) for name, peer in peers.items()}
+    seconds = take_turns(ways, args.repeats, warm_up=0)
+    for peer in peers.values():
+        peer.steps(0)
+    print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}: images/s, and ours / it")
+    for name, taken in seconds.items():
+        speed = spread(WORKERS * args.mini_batch / np.array(taken), ".1f")
+        print(f"{name:10} {speed:>24} {spread(np.divide(taken, seconds['ours']), '.2f'):>20}")
+
+
+# ---- the parts of our iteration
+
+
+def noting(folder):
+    """functions.Worker, which also notes each gradient: iteration, and moments of its parts."""
+    import functions
+    from machinery.cluster.nodes import ACTOR
+
+    import ray
+
+    @ray.remote(**ACTOR)
+    class Worker(functions.Worker.__ray_metadata__.modified_class):
+        def __init__(self, network):
+            super().__init__(network)
+            self.loaded, self.notes = (0, 0), (folder / str(os.getpid())).open("w", buffering=1)
+            compute = self.network.compute_grad
+
+            def timed(*inputs):
+                begun = time.perf_counter()
+                result = compute(*inputs)
+                self.computed = begun, time.perf_counter()
+                return result
+
+            self.network.compute_grad = timed
+
+        def update_weights(self, iteration, weightrefs, passed_on=()):
+            start = time.perf_counter()
+            if self.iteration != iteration:
+                super().update_weights(iteration, weightrefs, passed_on)
+                self.loaded = start, time.perf_counter()
+
+        def compute_grad(self, iteration, *arguments):
+            called = time.perf_counter()
+            result = super().compute_grad(iteration, *arguments)
+            print(json.dumps([iteration, *self.loaded, called, *self.computed]), file=self.notes)
+            return result
+
+    return Worker
+
+
+def parts_of(moments, notes):
+    """The parts of an iteration, in seconds: of its moments, and of those of its workers [n, 5]."""
+    seconds, (loads, loaded, called, begun, computed) = measuring.phases(moments), notes.T
+    return {
+        "broadcast: weights into the object store": seconds["broadcast"],
+        "workers begin: calls, and loading the weights": called.mean() - moments["broadcast"],
+        "   of it loading": (loaded - loads).mean(),
+        "the mean image is subtracted": (begun - called).mean(),
+        "the network's gradients, in its session": (computed - begun).mean(),
+        "the mean worker waits for the last one": (computed.max() - computed).mean(),
+        "gradients into the object store, answers": moments["compute"] - computed.max(),
+        "gather: mean, decay and norm": seconds["gather"],
+        "apply: the optimizer": seconds["apply"],
+    }
+
+
+def parts(args):
+    """Print what an iteration of ours is made of."""
+    import driver
+
+    driver.NUM_WORKERS, driver.MINI_BATCH, driver.PRECISION = WORKERS, args.mini_batch, args.precision
+    count, iterations = PARTS_WARM_UP + args.repeats * args.steps, []
+    with tempfile.TemporaryDirectory() as place, measuring.small_bucket() as flags:
+        flags += ["--iterations", str(count)]
+        driver.main(flags, report=measuring.watch(iterations.append), actor=noting(Path(place)))
+        noted = [json.loads(line) for path in Path(place).iterdir() for line in path.open()]
+    measured, with_accuracy = [], []
+    for number in range(PARTS_WARM_UP, count):
+        if number % driver.ACCURACY_EVERY:
+            notes = np.array([row[1:] for row in noted if row[0] == number])
+            measured.append(parts_of(iterations[number], notes))
+        else:
+            with_accuracy.append(sum(measuring.phases(iterations[number]).values()))
+    rows = {name: [iteration[name] for iteration in measured] for name in measured[0]}
+    whole = [sum(v for name, v in i.items() if not name.startswith(" ")) for i in measured]
+    rows |= {"the iteration": whole, "an iteration with an accuracy": with_accuracy}
+    for name, values in rows.items():
+        print(f"{name:48} {spread(1000 * np.array(values), '.0f')}")
+
+
+# ---- validation
+
+
+def forward(pipe, rank, precision):
+    """A peer of a validation: as many forward passes as the pipe asks for."""
+    import alexnet
+    import functions
+
+    network = alexnet.AlexNet(threads=1, precision=precision)
+    network.update_weights(initial_weights(precision))
+    rng, count = np.random.default_rng(0), functions.VALIDATION_PIECE
+    images = rng.normal(0, 58, (count, 224, 224, 3)).astype(np.float32)
+    y_true = functions.one_hot(rng.integers(0, NUM_CLASSES, count), NUM_CLASSES)
+    serve(pipe, lambda: network.count_hits(images, y_true))
+
+
+def validation(args):
+    """Have validations and bare forward passes take turns, and print their speeds."""
+    import driver
+    import functions
+    from machinery.cluster import joining, nodes
+
+    import ray
+
+    peer = Peer(forward, WORKERS, args.precision)
+    cluster = joining.join(driver.runtime_env(), functions.Worker, num_cpus=WORKERS)
+    nodes.places.first_look("functions")
+    pool = driver.start_workers(WORKERS, args.precision, cluster)
+    pool.wait()
+    pool.update_weights(0, ray.put(initial_weights(args.precision)))
+    rng, batches = np.random.default_rng(0), []
+    for _ in range(BATCHES):
+        images = ray.put(rng.integers(0, 256, (IMAGES, 256, 256, 3), np.uint8))
+        labels = ray.put(rng.integers(0, NUM_CLASSES, IMAGES))
+        batches.append(functions.Batch(images, labels, IMAGES))
+    mean = ray.put(np.full((256, 256, 3), 120, np.float32))
+
+    def validate():
+        start = time.perf_counter()
+        functions.validate(pool, batches, mean)
+        return IMAGES * BATCHES / (time.perf_counter() - start)
+
+    def forward_passes():
+        count = functions.VALIDATION_PIECE * WORKERS
+        return count / max(peer.steps(IMAGES * BATCHES // count))
+
+    speeds = take_turns({"validation": validate, "forward passes": forward_passes}, args.repeats)
+    peer.steps(0)
+    for name, values in speeds.items():
+        print(f"{name:15} {spread(values, '.1f')} images/s")
+    ratios = np.divide(speeds["forward passes"], speeds["validation"])
+    print(f"time, ours / it: {spread(ratios, '.2f')}")
 
 
 def main():
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description="Measure a training step beside other ways to do it.")
-    parser.add_argument("--mini-batch", type=int, default=20, help="images of one worker's gradient")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--peers", nargs="+", default=list(PEERS)[1:], choices=list(PEERS)[1:])
-    parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
-    parser.add_argument(
-        "--steps", type=int, default=10, help="steps of a turn; of ten, one has an accuracy"
-    )
-    args = parser.parse_args()
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as tf1.py does, for all
-    arguments, peers = (args.mini_batch, args.precision), {}
-    for name in ("ours", *args.peers):
-        count, ports = 1 if PEERS[name] in ALONE else WORKERS, [free_port() for _ in range(WORKERS)]
-        peers[name] = measuring.Peer(PEERS[name], count, ports, *arguments)
-    ways = {name: partial(peer.seconds, args.steps) for name, peer in peers.items()}
-    seconds = measuring.take_turns(ways, args.repeats, warm_up=0)
-    phases = [peer.end() for peer in peers.values()][0]
-    print(f"2 workers of mini-batch {args.mini_batch}, {args.precision}: images/s")
-    targets = TARGETS.get((args.mini_batch, args.precision), {})
-    for name, taken in seconds.items():
-        line = f"{name:10} {spread(WORKERS * args.mini_batch / np.array(taken), '.1f'):>24}"
-        ratios = np.divide(taken, seconds["ours"])
-        if name != "ours":
-            line += f"   ours / {name} = {spread(ratios, '.2f')}"
-        if name in targets:
-            met = measuring.verdict(ratios, f">= {targets[name]}")
-            line += f", target {targets[name]}: {met}"
-        print(line)
-    print("of our iteration:", ", ".join(f"{name} {value:.3f}" for name, value in phases.items()))
+    """Measure what --what says."""
+    measures = {measure.__name__: measure for measure in (compare, parts, validation)}
+    flags = {"what": tuple(measures), "precision": measuring.PRECISIONS, "peers": list(PEERS)}
+    args = measuring.read_flags(__doc__, **flags, mini_batch=20, repeats=9, steps=10)
+    measures[args.what](args)
 
 
 if __name__ == "__main__":

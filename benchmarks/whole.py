@@ -6,93 +6,78 @@
     python benchmarks/whole.py FOLDER --tars 300 --images 100 --rounds 8 --iterations 3 --node-dies
 
 FOLDER is laid out like the bucket: tars of photos below ILSVRC2012_img_train/. Up to ten tars are made
-of its photos, each of so many images, and an S3 server on loopback shows them under as many keys as
---tars says. driver.py runs for some iterations, as a user starts it but for its form and rounds. With
---store, the object store has so many MB; with --cold, the page cache is dropped every second. With
---node-dies, there are two nodes of one worker; after the first iteration one of them is killed with all
-that lies there, and another one comes.
+of its photos, each of so many --images, and an S3 server on loopback shows them under as many keys as
+--tars says. driver.py runs for some iterations, as a user starts it but for its form and the --rounds
+of its shuffle. With --store, the object store has so many MB; with --cold, the page cache is dropped
+every second. With --node-dies, there are two nodes of one worker; after the first iteration one of them
+is killed with all that lies there, and another one comes.
 """
 
-import argparse
 import io
+import logging
 import os
 import re
 import statistics
 import tarfile
 import tempfile
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from urllib.parse import parse_qs, urlsplit
 
-from measuring import private_memory, ray_workers, read_photos, run_apart
+from measuring import TRAIN, private_memory, read_flags, read_photos, run_apart
+
+from tests.support import title, titled
+
+import flask
+from werkzeug.serving import make_server
 
 BUCKET, TARS = "whole", 10  # different ones, on disk
+LISTED = '<Contents><Key>{}</Key><ETag>"{}"</ETag><Size>{}</Size></Contents>'
 
 
-class Handler(BaseHTTPRequestHandler):
-    """An S3 server that lists and reads `objects`, a dict of key -> (path, ETag), of one bucket."""
+def serve(folder):
+    """Serve the files of a folder as those of one bucket of S3, on loopback: its URL."""
+    app = flask.Flask("s3")
 
-    protocol_version, objects = "HTTP/1.1", {}
+    @app.get(f"/{BUCKET}")
+    def listing():
+        keys = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.*"))]
+        found = [key for key in keys if key.startswith(flask.request.args.get("prefix", ""))]
+        files = [(key, (folder / key).stat()) for key in found]
+        rows = [LISTED.format(key, file.st_ino, file.st_size) for key, file in files]
+        return f"<ListBucketResult>{''.join(rows)}</ListBucketResult>"
 
-    def do_GET(self):  # noqa: N802, http.server wants this name
-        url = urlsplit(self.path)
-        key = url.path.removeprefix(f"/{BUCKET}").removeprefix("/")
-        if key not in self.objects:  # a listing
-            [prefix] = parse_qs(url.query).get("prefix", [""])
-            self._send(200, self._listing(prefix), {"Content-Type": "application/xml"})
-            return
-        path, etag = self.objects[key]
-        size, headers = path.stat().st_size, {"ETag": etag, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = (
-            (int(wanted[1]), min(int(wanted[2] or size), size - 1)) if wanted else (0, size - 1)
-        )
-        if wanted:
-            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        with path.open("rb") as file:
+    @app.get(f"/{BUCKET}/<path:key>")
+    def read(key):
+        with (folder / key).open("rb") as file:
+            wanted, stat = flask.request.range, os.fstat(file.fileno())
+            first, end = wanted.ranges[0] if wanted else (0, stat.st_size)
             file.seek(first)
-            self._send(206 if wanted else 200, file.read(last + 1 - first), headers)
+            status, etag = 206 if wanted else 200, {"ETag": f'"{stat.st_ino}"'}
+            return flask.Response(file.read(end - first), status, etag)
 
-    do_HEAD = do_GET  # noqa: N815
-
-    def _listing(self, prefix):
-        rows = [
-            f"<Contents><Key>{key}</Key><ETag>{etag}</ETag><Size>{path.stat().st_size}</Size>"
-            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-            for key, (path, etag) in sorted(self.objects.items())
-            if key.startswith(prefix)
-        ]
-        name = f"<Name>{BUCKET}</Name><IsTruncated>false</IsTruncated>"
-        return f"<ListBucketResult>{name}{''.join(rows)}</ListBucketResult>".encode()
-
-    def _send(self, status, body, headers):
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": len(body)}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body if self.command == "GET" else b"")
-
-    def log_message(self, *_):
-        pass
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it says what is asked
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
 
 
-def make_objects(folder, tars, images, place):
-    """What the server shows, the tars and their labels, as files in the folder `place`."""
-    photos, objects, lines = read_photos(folder), {}, []
-    for number in range(min(TARS, tars)):
-        path = place / f"{number}.tar"
+def fill(place, folder, tars, images):
+    """Put tars of a folder's photos, and their labels, into a new folder; only TARS of them differ."""
+    photos, lines = read_photos(folder), []
+    (place / TRAIN).mkdir()
+    for number in range(tars):
+        path = place / TRAIN / f"n{number:08}.tar"
+        if number >= TARS:
+            path.hardlink_to(place / TRAIN / f"n{number % TARS:08}.tar")
+            continue
         with tarfile.open(path, "w") as tar:
             for i in range(images):
                 photo, info = photos[(number * images + i) % len(photos)], tarfile.TarInfo()
                 info.name, info.size = f"n{number:08}_{i}.JPEG", len(photo)
                 tar.addfile(info, io.BytesIO(photo))
                 lines.append(f"x/{info.name} {number}")
-        for alias in range(number, tars, TARS):
-            objects[f"ILSVRC2012_img_train/n{alias:08}.tar"] = path, f'"{number:032x}"'
     (place / "train.txt").write_text("\n".join(lines))
-    return objects | {"train.txt": (place / "train.txt", f'"{"f" * 32}"')}
 
 
 def drive(url, form, args):
@@ -101,7 +86,7 @@ def drive(url, form, args):
     The first iteration computes; its end is that of loading, labelling and shuffling, and one step.
     "without the node" are the seconds from a node's death to the end of the next iteration.
     """
-    start, moments = time.monotonic(), {"MB of a task": 0, "MB of the driver": 0}
+    start, moments, speeds = time.monotonic(), {}, []
     if args.store:  # Ray reads it when it loads
         os.environ["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(args.store * 10**6)
     import driver
@@ -126,7 +111,8 @@ def drive(url, form, args):
                 speeds.append(numbers[1] / (now - moments["last iteration"]))
                 moments["images/s"] = statistics.median(speeds)
             moments.setdefault("first iteration", now)
-            moments["MB spilled"] = spilled()
+            text = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+            moments["MB spilled"] = sum(map(int, re.findall(r"Spilled (\d+) MiB", text)))
             if args.node_dies and iteration == 1:
                 moments["without the node"] = now - moments["last iteration"]
             moments["last iteration"] = time.monotonic() - start
@@ -136,63 +122,43 @@ def drive(url, form, args):
                 machines.remove_node(other, allow_graceful=False)
                 machines.add_node(**node)
 
-    def watch_memory():
-        while True:
-            note("MB of the driver", [os.getpid()])
-            if "first iteration" not in moments:
-                note("MB of a task", ray_workers(["Worker"]))
-            elif args.node_dies and "without the node" not in moments:
-                note("MB of a task without the node", ray_workers(["Worker"]))
-            time.sleep(1)
-
     def note(what, pids):
         moments[what] = max([moments.get(what, 0), *map(private_memory, pids)])
 
-    def drop_caches():
+    def every_second():
         while True:
-            Path("/proc/sys/vm/drop_caches").write_text("1")
+            below = titled(os.getpid(), "ray::")
+            tasks = [each.pid for each in below if not title(each).startswith("ray::Worker")]
+            note("MB of the driver", [os.getpid()])
+            if "first iteration" not in moments:
+                note("MB of a task", tasks)
+            elif args.node_dies and "without the node" not in moments:
+                note("MB of a task without the node", tasks)
+            if args.cold:
+                Path("/proc/sys/vm/drop_caches").write_text("1")
             time.sleep(1)
 
-    def spilled():
-        text = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
-        return sum(map(int, re.findall(r"Spilled (\d+) MiB", text)))
-
-    settings = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", "RAY_ADDRESS": "local"}
-    os.environ.update(settings, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
+    settings = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= settings | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     if args.node_dies:
         node = {"num_cpus": 1, "object_store_memory": (args.store or 2000) * 10**6}
         machines = Cluster(initialize_head=True, head_node_args=node)
         machines.add_node(**node)
         os.environ["RAY_ADDRESS"] = machines.address
     driver.STORED, driver.SHUFFLE_ROUNDS = form, args.rounds
-    speeds = []
-    Thread(target=watch_memory, daemon=True).start()
-    if args.cold:
-        Thread(target=drop_caches, daemon=True).start()
-    limit = ["--iterations", str(args.iterations)]
-    flags = ["--s3-bucket", BUCKET, "--key-prefix", "ILSVRC2012_img_train/", *limit]
+    Thread(target=every_second, daemon=True).start()
+    flags = ["--s3-bucket", BUCKET, "--key-prefix", TRAIN, "--iterations", str(args.iterations)]
     driver.main(flags, report=Noted())
     return moments
 
 
 def main():
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time a tenth of ImageNet up to the first iteration.")
-    parser.add_argument("folder")
-    parser.add_argument("--tars", type=int, default=100)
-    parser.add_argument("--images", type=int, default=1300, help="of a tar")
-    parser.add_argument("--rounds", type=int, default=7, help="of the shuffle")
-    parser.add_argument("--forms", nargs="+", default=["jpeg", "pixels"], choices=["jpeg", "pixels"])
-    parser.add_argument("--iterations", type=int, default=2)
-    parser.add_argument("--store", type=int, help="MB of the object store")
-    parser.add_argument("--cold", action="store_true", help="drop the page cache every second")
-    parser.add_argument("--node-dies", action="store_true", help="one of two, after an iteration")
-    args = parser.parse_args()
+    flags = {"tars": 100, "images": 1300, "rounds": 7, "forms": ["jpeg", "pixels"], "iterations": 2}
+    args = read_flags(__doc__, "folder", **flags, store=int, cold=False, node_dies=False)
     with tempfile.TemporaryDirectory() as place:
-        Handler.objects = make_objects(args.folder, args.tars, args.images, Path(place))
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+        fill(Path(place), args.folder, args.tars, args.images)
+        url = serve(Path(place))
         for form in args.forms:
             moments = run_apart(drive, url, form, args)
             print(form, ", ".join(f"{k} {value:.1f}" for k, value in moments.items()), flush=True)
