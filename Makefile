@@ -1,6 +1,12 @@
-PYTHON ?= python3.11
+# The first that runs and can make a .venv, unless `make PYTHON=...` names another: what pyenv puts in the
+# path is there even if it does not run.
+PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13,\
+	$(shell $(python) -c 'import ensurepip, venv' 2> /dev/null && echo $(python))))
+NEEDED := Python 3.11, 3.12 or 3.13 is needed, with its module venv: install one, or name it, as in make PYTHON=/folder/python3.12
 BIN := .venv/bin
 MADE := .venv/made
+# A .venv whose Python has gone is made anew.
+$(shell $(BIN)/python -c '' 2> /dev/null || rm -f $(MADE))
 
 .PHONY: demo test soak lint
 
@@ -21,6 +27,7 @@ lint: $(MADE)
 
 # The file is there once all is installed: what was interrupted is made anew.
 $(MADE): requirements.txt requirements-dev.txt
+	$(if $(PYTHON),,$(error $(NEEDED)))
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $(MADE)

@@ -1,0 +1,77 @@
+"""What a user's machine is like: Pythons, interrupted installations."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+from tests.support import ROOT
+
+import pytest
+
+# ---- make
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function that runs make in a checkout that needs no package, with these programs as Pythons.
+
+    It returns the exit status, and all that is said.
+    """
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in "make", "sh", "touch", "rm":
+        (programs / name).symlink_to(shutil.which(name))
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "requirements-dev.txt").write_text("-r missing.txt")
+    (tmp_path / "demo.py").write_text("import sys; print('Demo of', sys.prefix)")
+
+    def run(*arguments, **pythons):
+        for name, line in pythons.items():
+            (programs / name.replace("_", ".")).write_text(f"#!{programs}/sh\n{line}\n")
+            (programs / name.replace("_", ".")).chmod(0o755)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = {"PATH": str(programs)}
+        ended = subprocess.run(["make", *arguments], cwd=tmp_path, env=environment, **output)
+        return ended.returncode, ended.stdout
+
+    return run
+
+
+WORKS = f'exec {sys.executable} "$@"'
+DOES_NOT = "echo 'The python3.11 command exists in these versions: 3.11.7' >&2; exit 127"
+NO_VENV = f'case "$*" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"'
+
+
+def test_environment_that_is_not_whole_is_made_again(make, tmp_path):
+    """First pip fails, then the Python that the environment was made of goes."""
+    status, out = make("demo", python3_11=WORKS)
+    assert status != 0 and "missing.txt" in out and "Demo" not in out
+    assert (tmp_path / ".venv" / "bin" / "python").exists()
+    (tmp_path / "missing.txt").touch()
+    made = f"\nDemo of {tmp_path}/.venv\n"
+    status, out = make("demo")
+    assert status == 0 and out.endswith(made) and "-m venv" in out
+    status, out = make("demo")
+    assert status == 0 and out.endswith(made) and "-m venv" not in out
+    (tmp_path / ".venv" / "bin" / "python").unlink()
+    status, out = make("demo")
+    assert status == 0 and out.endswith(made) and "-m venv" in out
+
+
+def test_make_takes_a_python_that_runs(make):
+    status, out = make("-n", "demo")
+    needed = "Python 3.11, 3.12 or 3.13 is needed, with its module venv: install one, or name it, as in"
+    assert status == 2
+    assert re.fullmatch(rf"Makefile:\d+: \*\*\* {needed} make PYTHON=\S+python3.12.  Stop.\n", out)
+    for pythons, taken in (
+        ({"python3_13": WORKS}, "python3.13"),
+        ({"python3_11": DOES_NOT, "python3_12": NO_VENV}, "python3.13"),
+        ({"python3_12": WORKS}, "python3.12"),
+        ({"python3_11": WORKS}, "python3.11"),
+    ):
+        status, out = make("-n", "demo", **pythons)
+        assert status == 0 and out.startswith(f"{taken} -m venv "), out
+    status, out = make("-n", "demo", "PYTHON=/opt/python")
+    assert status == 0 and out.startswith("/opt/python -m venv ")
