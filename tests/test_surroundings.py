@@ -1,9 +1,12 @@
-"""What a user's machine is like: Pythons, interrupted installations."""
+"""What a user's machine or container is like: Pythons, homes, interrupted installations."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from tests.support import ROOT
 
@@ -75,3 +78,57 @@ def test_make_takes_a_python_that_runs(make):
         assert status == 0 and out.startswith(f"{taken} -m venv "), out
     status, out = make("-n", "demo", "PYTHON=/opt/python")
     assert status == 0 and out.startswith("/opt/python -m venv ")
+
+
+# ---- containers
+
+# A user without an entry in passwd, as in a container. It may read all: this may lie in root's home.
+STRANGER = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+STRANGER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+@pytest.fixture
+def as_stranger(s3):
+    """A function that runs a program as that user, in a folder that it may write to.
+
+    It returns the exit status, output and errors. None for a variable means that there is none.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # sockets want a short path
+        Path(folder).chmod(0o777)
+
+        def run(program, *arguments, **environment):
+            here = os.environ | {"RAY_ADDRESS": "local", "RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": None}
+            here = {name: value for name, value in (here | environment).items() if value is not None}
+            command = [*STRANGER, sys.executable, ROOT / program, *map(str, arguments)]
+            output = {"capture_output": True, "text": True, "timeout": 200}
+            ended = subprocess.run(command, cwd=folder, env=here, **output)
+            return ended.returncode, ended.stdout, ended.stderr
+
+        yield run
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.timeout(400)
+def test_run_of_a_user_without_a_home(as_stranger, photos, bucket):
+    """The home is unknown, that of most containers, or another's; of these two, Ray's start is seen."""
+    places = ["--checkpoint-dir", "saved", "--export-dir", "network", "--log-dir", "curves"]
+    flags = ["NUM_WORKERS=1", "--s3-bucket", photos, "--iterations", 1, *places]
+    status, out, error = as_stranger("tests/thin_driver.py", *flags, HOME=None)
+    assert (status, error) == (0, "")
+    assert out.endswith(
+        "Stopped at iteration 1: checkpoints in saved, network in network, curves in curves\n"
+    )
+    for home in "/", "/etc":
+        status, _, error = as_stranger("driver.py", "--s3-bucket", bucket, HOME=home)
+        assert status == 2 and error.startswith(f"error: s3://{bucket}"), error
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_what_must_be_writable_is_named(as_stranger):
+    status, _, error = as_stranger("driver.py", "--s3-bucket", "~/photos", HOME=None)
+    hint = "no such folder; name it by its full path"
+    assert (status, error) == (2, f"error: --s3-bucket ~/photos: {hint}\n")
+    status, _, error = as_stranger("driver.py", HOME=None, RAY_TMPDIR=None, TMPDIR="/etc")
+    what = "error: Ray does not start here: [Errno 13] Permission denied: '/etc/ray'"
+    hint = "in TMPDIR, name a folder with a short path that can be written"
+    assert (status, error) == (2, f"{what}; {hint}\n")

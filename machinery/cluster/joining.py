@@ -6,6 +6,7 @@ This is the only file that uses private names of Ray.
 import contextlib
 import os
 import re
+import secrets
 import socket
 import threading
 from pathlib import Path
@@ -56,6 +57,9 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
     options = {"include_dashboard": False} | start_options if own else {}
     options |= {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": runtime_env}
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # the run says in a line what Ray says in twenty
+    if own and not os.access(Path(os.environ.get("HOME", "/"), ".ray"), os.W_OK):
+        # Ray would write one there. A container's user can lack a home, or cannot write to it.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
     with held():
         try:
             with contextlib.nullcontext() if own else _silent_core():
@@ -64,7 +68,9 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
             ray.shutdown()
             joined = f"the Ray cluster at {address} cannot be joined"
             what = "Ray does not start here" if own else joined
-            raise ClusterError(f"{what}: {one_line(error)[:300]}") from error
+            hint = "; in TMPDIR, name a folder with a short path that can be written"
+            hint = hint if own and isinstance(error, OSError) else ""
+            raise ClusterError(f"{what}: {one_line(error)[:300]}{hint}") from error
     cluster = Cluster(actor, can_grow=not own)
     cluster.callback(ray.shutdown)
     return cluster

@@ -20,7 +20,7 @@ class Folder(str):
         path = text[7:] if text[:7].lower() == "file://" else text
         if path == text and not path.startswith(("/", "~/")):
             return None
-        folder = Path(path).expanduser()
+        folder = Path(os.path.expanduser(path))  # noqa: PTH111, Path's raises where there is no home
         if not folder.is_absolute() or not folder.is_dir():
             raise InputError(f"--s3-bucket {one_line(text)}: no such folder; name it by its full path")
         return cls(folder)
