@@ -1,5 +1,6 @@
-"""What a user's machine or container is like: Pythons, homes, interrupted installations."""
+"""What a user's machine, container or notebook is like: Pythons, homes, interrupted installations."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.support import ROOT, THIN
 
+import nbclient
+import nbformat
 import pytest
 
 # ---- make
@@ -132,3 +135,51 @@ def test_what_must_be_writable_is_named(as_stranger):
     what = "error: Ray does not start here: [Errno 13] Permission denied: '/etc/ray'"
     hint = "in TMPDIR, name a folder with a short path that can be written"
     assert (status, error) == (2, f"{what}; {hint}\n")
+
+
+# ---- notebooks
+
+FIRST_CELL = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+import driver
+driver.LAYERS, driver.NUM_CLASSES, driver.PRECISION = {THIN}, 10, "float32"
+driver.MINI_BATCH, driver.NUM_WORKERS = 5, 1
+"""
+
+
+class Interrupting(nbclient.NotebookClient):
+    """Runs all cells of a notebook in a kernel; presses its button for an interrupt at a line."""
+
+    def process_message(self, message, cell, cell_index):
+        """Take what a cell says."""
+        if "Iteration 1: loss" in message["content"].get("text", ""):
+            asyncio.ensure_future(self.km.interrupt_kernel())
+        return super().process_message(message, cell, cell_index)
+
+
+def run_all(*cells, folder):
+    """Run the first cell, and these, as "run all" does: the error of the cell that ends it, and what
+    each of these has said."""
+    new_cell = nbformat.v4.new_code_cell
+    notebook = nbformat.v4.new_notebook(cells=[new_cell(text) for text in (FIRST_CELL, *cells)])
+    client = Interrupting(notebook, timeout=200, resources={"metadata": {"path": str(folder)}})
+    with pytest.raises(nbclient.exceptions.CellExecutionError) as caught:
+        client.execute()
+    said = ["".join(o.get("text", "") for o in cell.outputs) for cell in notebook.cells[1:]]
+    return caught.value, said
+
+
+@pytest.mark.timeout(400)
+def test_notebook_stops_where_main_is_interrupted_or_has_an_error(s3, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    train = f"driver.main(['--s3-bucket', '{photos}', '--checkpoint-dir', 'saved'])"
+    error, said = run_all(train, "print('all is well')", folder=tmp_path)
+    assert error.ename == "KeyboardInterrupt" and said[1] == ""
+    assert re.search(r"^Stopped at iteration [12]: checkpoints in saved\n", said[0], re.M)
+    error, said = run_all(
+        "driver.main(['--s3-bucket', '/no'])", "print('all is well')", folder=tmp_path
+    )
+    hint = "no such folder; name it by its full path"
+    assert (error.ename, error.evalue) == ("InputError", f"--s3-bucket /no: {hint}")
+    assert said[1] == ""
