@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import logging
 import math
 import os
 import random
@@ -14,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from machinery.errors import InputError, one_line
+from machinery.errors import InputError, one_line, say
 
 import boto3
 from botocore import UNSIGNED
@@ -24,8 +23,6 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from botocore.loaders import create_loader
 from botocore.session import Session
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
-
-say = logging.getLogger("driver").info
 
 PIECE = 8 * 2**20  # bytes of one request
 AHEAD = 4  # pieces that are fetched while one is used
