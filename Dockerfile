@@ -1,4 +1,4 @@
-# What rayjob.yaml runs: the driver's files and what they need, in Ray's image. The commands are in README.md.
+# What rayjob.yaml runs: the driver's files and what they need, in Ray's image.
 FROM rayproject/ray:2.60.0-py311-cpu
 WORKDIR /home/ray/imagenet
 COPY requirements.txt ./
