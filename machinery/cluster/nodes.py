@@ -1,4 +1,4 @@
-"""The nodes of the cluster: which are alive, what they have room for, and how their CPUs compute."""
+"""The nodes of the cluster: which are alive, what each one is, and what they have room for."""
 
 import contextlib
 import importlib
@@ -199,7 +199,7 @@ class Places:
                 place = Place("", frozenset(), "", first_line(error))
             self.known[node] = place
             if place.lacks:
-                say(f"{self._named(there[node])} is left alone: no task can run there ({place.lacks})")
+                say(f"{_named(there[node])} is left alone: no task can run there ({place.lacks})")
                 cpus, name = there[node]["Resources"]["CPU"], f"guard of {node}"
                 guard = Guard.options(num_cpus=cpus, name=name, **on_node(node))
                 self._guards.append(guard.remote())
@@ -218,13 +218,17 @@ class Places:
         """
         self._module, there = module, head.nodes()
         self.look(there, timeout=3 * ANSWER)
-        lacks = [self.known[node["NodeID"]].lacks for node in there if node["NodeID"] in self.known]
+        for node in there:
+            if node["NodeID"] in self._asked.keys() - self.known.keys():
+                say(f"{_named(node)} does not answer: the run begins without it")
+        lacks = [place.lacks for place in self.known.values()]
         if lacks and all(lacks):
             hint = "pip install -r requirements.txt there, with the Python that runs Ray"
             raise ClusterError(f"no task can run on any of {len(lacks)} nodes ({lacks[0]}): {hint}")
 
-    def _named(self, node):
-        return f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
+
+def _named(node):
+    return f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
 
 
 places = Places()  # of the cluster that this process is on
