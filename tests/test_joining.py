@@ -97,7 +97,7 @@ FROM_A_NOTEBOOK = """
 import sys, threading
 import ray
 ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=2 * 10**8)
-sys.path.insert(0, {root!r})
+sys.path.append({root!r})  # what lies beside the notebook comes first
 import driver
 from tests import support
 driver.LAYERS, driver.NUM_CLASSES, driver.PRECISION = support.THIN, 10, "float32"
@@ -126,8 +126,11 @@ def start(code, **options):
 
 @pytest.mark.timeout(400)
 def test_runs_side_by_side_do_not_disturb_each_other(photos, tmp_path):
-    """One is a notebook's, from another folder and in a thread. Two cannot go on: Ray's memory monitor
-    ends every load task of one, and the head of the other is killed; Ray says nothing of either."""
+    """One is in a thread, from a folder whose own modules have names of machinery's. Two cannot go on:
+    Ray's memory monitor ends every load task of one, and the head of the other is killed; Ray says
+    nothing of either."""
+    for name in "constants", "results", "errors", "nodes", "cluster", "places", "s3":
+        (tmp_path / f"{name}.py").write_text("raise ImportError('this is another module')")
     monitor = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     monitor |= {"RAY_task_oom_retries": "2"}
     environment = os.environ | monitor | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}

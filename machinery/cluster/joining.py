@@ -58,7 +58,7 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
     options |= {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": runtime_env}
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # the run says in a line what Ray says in twenty
     if own and not os.access(Path(os.environ.get("HOME", "/"), ".ray"), os.W_OK):
-        # Ray would write one there. A container's user can lack a home, or cannot write to it.
+        # Ray would write a token there, but a container's user can lack a home, or not write to it.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
     with held():
         try:
