@@ -58,7 +58,7 @@ class Idle:
     def __init__(self, network):
         pass
 
-    def place(self):
+    def seconds_at_work(self):
         threading.Event().wait()
 
 
@@ -114,7 +114,7 @@ ANSWERS = [
     (
         403,
         "InvalidAccessKeyId",
-        "(InvalidAccessKeyId) when calling the ListObjects operation: two lines",
+        "(InvalidAccessKeyId) when calling the ListObjects operation (reached max retries: 2): two",
     ),
     (400, "ExpiredToken", "(ExpiredToken)"),
     (301, "PermanentRedirect", "(PermanentRedirect)"),

@@ -40,8 +40,8 @@ ONE = {"num_cpus": 1}  # Ray's option for a node of one worker
 
 
 @pytest.fixture(scope="module")
-def head(s3):
-    """A head without CPUs, and no other node yet."""
+def head(one_ray):
+    """A head without CPUs, and no other node yet. Nodes that start after `one_ray` want its token."""
     nodes = Nodes(0, others=0, cpus=2)
     yield nodes
     nodes.close()
@@ -246,7 +246,7 @@ def test_nodes_with_less_memory_come_instead(head, photos, undisturbed, tmp_path
         with run.paused(*moments[1]):
             head.replace(memory=5 * 10**8)
         assert run.wait() == 2, run.output()
-    lack = "a task needs 1.0 GB of memory, and no node gives Ray more than 0.5"
+    lack = "a task needs 0.9 GB of memory, and no node gives Ray more than 0.5"
     assert re.search(rf"^Iteration \d+ waits for images to be read again: {lack}$", run.output(), re.M)
     assert re.search(rf"^error: Iteration \d+ waits for .*, in vain: {lack}$", run.output(), re.M)
     while head.others:
