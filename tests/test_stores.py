@@ -20,6 +20,7 @@ from machinery.storage import s3 as reading
 from machinery.storage.checkpoints import Checkpoints
 from machinery.storage.s3 import Tar
 from tests.fault_proxy import fault_proxy
+from tests.nodes import Nodes
 from tests.support import ITERATIONS, assert_clean, make_tar, photo, train_elsewhere
 
 import pytest
@@ -88,13 +89,16 @@ def log_in(folder, proxy, access_key):
 
 
 def test_a_run_in_which_credentials_expire_twice(s3, photos, bucket, proxy, no_keys, tmp_path):
-    """While tars are loaded, and between two saves."""
+    """While two processes load tar after tar, and between two saves."""
     log_in(tmp_path, proxy, "first")
     proxy.faults["GET", "n01500004.tar"] = iter([partial(log_in, tmp_path, proxy, "second")])
     place = f"s3://{bucket}/runs/1"
     settings = ["CHECKPOINT_EVERY=1", "PAUSES=[(5, 'apply')]", f"NOTES='{tmp_path}'"]
     environment = no_keys(AWS_ENDPOINT_URL=proxy.url)
-    with train_elsewhere(photos, place, "local", *settings, environment=environment) as run:
+    with (
+        contextlib.closing(Nodes(2, others=0, cpus=0, memory=2 * 10**9)) as nodes,
+        train_elsewhere(photos, place, nodes.address, *settings, environment=environment) as run,
+    ):
         with run.paused(5, "apply"):
             log_in(tmp_path, proxy, "third")
         assert run.wait() == 0, run.output()

@@ -173,8 +173,9 @@ def test_an_accuracy_comes_after_the_gradients_and_is_shared_out(one_ray, tmp_pa
     mean = ray.put(None)
     with two_workers(actor=noting_worker(tmp_path)) as pool:
         pool.update_weights(7, ray.put(weights))
-        for sample, accuracy in ([Given(None)] * 4, 0.5), ([], None):
-            computed = functions.compute_grad(pool, [Given(None)] * 2, sample, mean, 1.0, 0)
+        minibatches, parts = [[Given(None) for _ in range(count)] for count in (2, 4)]
+        for sample, accuracy in (parts, 0.5), ([], None):
+            computed = functions.compute_grad(pool, minibatches, sample, mean, 1.0, 0)
             assert computed == ([1.0, 1.0], accuracy)
     methods = [call.method for call in notes(tmp_path) if call.method != "update_weights"]
     assert Counter(methods[:6]) == {"compute_grad": 2, "print_accuracy": 4}

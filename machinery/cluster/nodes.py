@@ -16,7 +16,7 @@ from pathlib import Path
 from machinery.errors import ClusterError, one_line, say
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
@@ -193,6 +193,11 @@ class Places:
             node = asked[ref]
             try:
                 place = ray.get(ref)
+            except OutOfMemoryError:
+                if not self.known:
+                    raise
+                del self._asked[node]  # it is asked again
+                continue
             except RayError as error:  # its process has ended, or the node
                 if not lives(node):
                     continue

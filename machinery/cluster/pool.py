@@ -295,7 +295,7 @@ class Pool:
         free = {member.number: member for member in members if member.number not in busy}
         ahead = list(left)[: len(free) + len(self._up)]
         data = {requests[number].drawn.ref(): number for number in ahead}
-        there, unready = ray.wait(list(data), num_returns=len(data), timeout=0.001, fetch_local=False)
+        there, unready = ray.wait(list(data), num_returns=len(data), timeout=0, fetch_local=False)
         # An accuracy's requests, which follow those of gradients, are spread like these.
         alike = sum(request.returns > 1 for request in requests) or len(requests)
         for ref in there[: len(free)]:
