@@ -5,11 +5,13 @@ import itertools
 import os
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.support import WARM, Run, titled, wait_until
 
+import numpy as np
 import psutil
 import ray
 from ray.cluster_utils import Cluster
@@ -134,3 +136,19 @@ def actors(node, kind):
 def actor(node, kind):
     """The process of an actor of a class on one of the `others`, once there is one."""
     return wait_until(lambda: actors(node, kind))[0]
+
+
+def memory_monitor(spare=1.5):
+    """The environment of a node on which Ray ends processes if so many GiB more are used than now."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + spare * 2**30) / memory.total
+    return {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "100"}
+
+
+def use_memory_until(condition, most=3):
+    """Use more and more memory, at most so many GiB, until a function returns true."""
+    used = []
+    while not condition():
+        assert len(used) < 8 * most, "Ray's memory monitor did not strike"
+        used.append(np.ones(2**24))
+        time.sleep(0.3)
