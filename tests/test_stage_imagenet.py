@@ -743,6 +743,16 @@ def test_failure_of_one_tar_puts_no_label_file(s3, bucket, tars, capsys):
     assert set(objects(s3, bucket)) <= {f"{TRAIN}/n01440764.tar", f"{TRAIN}/n01443537.tar"}
 
 
+def peak_of_staging(source, bucket):
+    """The most bytes that Python holds at once while a source is staged."""
+    tracemalloc.start()
+    try:
+        assert run(source, f"s3://{bucket}") == 0
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def test_memory_is_bounded(s3, bucket, tmp_path):
     """A class tar within a tar, both much larger than what may be in memory."""
     inner, image = tmp_path / "n01440764.tar", JPEG_START + bytes(2**20)
@@ -754,12 +764,7 @@ def test_memory_is_bounded(s3, bucket, tmp_path):
     with tarfile.open(tmp_path / f"{TRAIN}.tar", "w") as tar:
         tar.add(inner, inner.name)
     inner.unlink()
-    tracemalloc.start()
-    try:
-        assert run(tmp_path, f"s3://{bucket}") == 0
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_of_staging(tmp_path, bucket)
     assert peak < 150 * 2**20, f"{peak / 2**20:.0f} MiB"
     assert s3.head_object(Bucket=bucket, Key=f"{TRAIN}/n01440764.tar")["ContentLength"] > 300 * 2**20
 
@@ -781,12 +786,7 @@ def test_a_shard_is_not_in_memory(s3, bucket, tmp_path):
         for name, image in zip(names[count:], images, strict=True):
             rows = {"image": [{"bytes": image, "path": name}], "label": [0]}
             file.write_table(pyarrow.table(rows, schema))
-    tracemalloc.start()
-    try:
-        assert run(tmp_path, f"s3://{bucket}") == 0
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_of_staging(tmp_path, bucket)
     peak += pyarrow.default_memory_pool().max_memory()
     assert peak < 250 * 2**20, f"{peak / 2**20:.0f} MiB"
     assert s3.head_object(Bucket=bucket, Key=f"{TRAIN}/n01440764.tar")["ContentLength"] > 400 * 2**20

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-LEFT_FREE = 0.1  # of the CPUs that a worker uses, for ten data tasks beside it
+LEFT_FREE = 0.1  # of the CPUs that a worker uses, for data tasks beside it
 CRASHES = 3  # of workers with one request, after which it is given up
 
 # What a pool is for: `count` workers, each with the `cpus` and `gpus` of `share`, and an AlexNet of the

@@ -13,9 +13,10 @@ from machinery.errors import ClusterError, InputError, say
 import ray
 from ray import cloudpickle
 
-# An actor holds its CPUs for life. A worker leaves a tenth of one free, and a data task asks for a
-# hundredth, so that data tasks always find room beside workers: to rebuild a lost block, too.
-CPU_SLICE = 0.01
+# An actor holds its CPUs for life. A worker leaves a tenth of one free, and a data task asks for much
+# less, so that data tasks always find room beside workers, to rebuild a lost block, too, and leave room
+# for a worker that starts: memory bounds how many run at once.
+CPU_SLICE = 0.002
 TASK_MEMORY = 9 * 10**8  # bytes of a data task: two batches of tars.PART.images as pixels, and Python
 MAX_STARTS = 5  # of a task on one node, in each of which it has ended its process
 LONGEST = 10**8  # seconds, three years, that the standard library can count down from
