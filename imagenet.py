@@ -1,5 +1,6 @@
 """ImageNet as tars and a label file, in a bucket or a folder: listing, loading, labels."""
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -10,7 +11,7 @@ import unicodedata
 from collections import namedtuple
 from functools import partial
 
-from machinery.cluster import tasks
+from machinery.cluster import nodes, tasks
 from machinery.errors import MAX_NAMED, InputError, one_line, say
 from machinery.storage import folder, s3, terminal
 from machinery.storage.images import IMAGE_SIZE, STORED_BYTES
@@ -21,13 +22,15 @@ import ray
 
 SEVERAL = -2  # the label of a name that has several, in several directories
 JPEG_BYTES = 110_000  # of an average ILSVRC-2012 photo
+TARS_A_CPU = 2  # are loaded at once: each one takes a process, whose start takes most of a second
 HEAD = 2**20  # bytes of a tar by which the number of images in all tars is estimated
 SECOND_LABEL = re.compile(r"\.\w{3,4} +\d+ *$")  # a number behind .JPEG; names may hold blanks
 
 # The tars below a prefix of a source, and the key of their label file; no tars if there is no prefix.
 DataSet = namedtuple("DataSet", "source prefix label_file tars")
 
-# References to what `load_tarfile` makes of one part of a tar, and a function that loads the next one.
+# References to what `load_tarfile` makes of one part of a tar, and a function that starts to load the
+# part that begins at a byte. There are no references of a tar that waits.
 Loaded = namedtuple("Loaded", "images filenames report more")
 
 
@@ -97,8 +100,9 @@ def form_of_images(source, tars, stored, room):
 def load_tarfiles_from_s3(source, tars, size=(IMAGE_SIZE, IMAGE_SIZE), stored="pixels"):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
-    These are the first parts of large tars. `size` is [height, width] of the images, `stored` is their
-    form, "pixels" or "jpeg".
+    These are the first parts of large tars. Where tars are many, the last ones wait until others are
+    loaded, see `report_loading`. `size` is [height, width] of the images, `stored` is their form,
+    "pixels" or "jpeg".
     """
 
     def load(tar, start=0):
@@ -106,7 +110,14 @@ def load_tarfiles_from_s3(source, tars, size=(IMAGE_SIZE, IMAGE_SIZE), stored="p
         refs = tasks.start(load_tarfile, source, tar, start, tuple(size), stored, **options)
         return Loaded(*refs, more=partial(load, tar))
 
-    return [load(tar) for tar in tars]
+    at_once = tars_at_once()
+    waiting = [Loaded(None, None, None, more=partial(load, tar)) for tar in tars[at_once:]]
+    return [load(tar) for tar in tars[:at_once]] + waiting
+
+
+def tars_at_once():
+    """How many tars the nodes load at once."""
+    return max(1, round(TARS_A_CPU * nodes.count_cpus()))
 
 
 def _place(source, tar):
@@ -114,35 +125,42 @@ def _place(source, tar):
 
 
 def report_loading(data, loaded):
-    """Wait for the tars of a DataSet, a Loaded for each, and start to load the rest of large ones.
+    """Wait for a DataSet's tars, a Loaded for each; start those that wait, and the rest of large ones.
 
     Returns all parts of all tars, in order. Shows how far it is, and says what was left out and why.
     """
-    parts, reports = [[part] for part in loaded], [[] for _ in loaded]  # of each tar
-    numbers = {part.report: number for number, part in enumerate(loaded)}
-    left, count, images = set(numbers), len(loaded), 0
+    parts, reports = [[] for _ in loaded], [[] for _ in loaded]  # of each tar
+    numbers, left, ended, images = {}, set(), 0, 0
+    waiting = collections.deque(number for number, tar in enumerate(loaded) if not tar.report)
+
+    def add(number, part):
+        parts[number].append(part)
+        numbers[part.report] = number
+        left.add(part.report)
 
     def what():
         first = [data.tars[number] for number in sorted(numbers[ref] for ref in left)[:3]]
         named = ", ".join(_place(data.source, tar) for tar in first) + ", ..." * (len(left) > 3)
-        return f"Loading: {len(left)} tars are still read ({named})"
+        return f"Loading: {len(loaded) - ended} tars are still read ({named})"
 
-    with terminal.bar(total=len(left), desc="Loading", unit="tar") as bar:
+    for number, tar in enumerate(loaded):
+        if tar.report:
+            add(number, tar)
+    with terminal.bar(total=len(loaded), desc="Loading", unit="tar") as bar:
         for ref in tasks.wait(left, what):
             number, report = numbers[ref], ray.get(ref)
             reports[number].append(report)
             images += report["images"]
             bar.set_postfix(images=images, refresh=False)
             if report["rest"] is not None:
-                part = parts[number][-1].more(report["rest"])
-                parts[number].append(part)
-                numbers[part.report] = number
-                left.add(part.report)
+                add(number, parts[number][-1].more(report["rest"]))
                 continue
+            while waiting and len(left) < tars_at_once():
+                add(waiting[0], loaded[waiting.popleft()].more(0))
             bar.update()
-            ended = count - len(left)
-            if bar.disable and ended * 10 // count > (ended - 1) * 10 // count:
-                say(f"Loading: {ended} of {count} tars, {images} images")
+            ended += 1
+            if bar.disable and ended * 10 // len(loaded) > (ended - 1) * 10 // len(loaded):
+                say(f"Loading: {ended} of {len(loaded)} tars, {images} images")
     say_left_out(data, reports)
     return [part for of_tar in parts for part in of_tar]
 

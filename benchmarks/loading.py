@@ -51,7 +51,8 @@ def wait_for(loaded):
 
 def load_ours(source, tars):
     """As driver.py does."""
-    return wait_for(imagenet.load_tarfiles_from_s3(source, tars, SIZE))
+    loaded = imagenet.load_tarfiles_from_s3(source, tars, SIZE)
+    return wait_for(imagenet.report_loading(imagenet.DataSet(source, "", "", tars), loaded))
 
 
 def resize_as_written(data):

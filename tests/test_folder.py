@@ -42,6 +42,7 @@ def read(place):
     labels = imagenet.read_labels(source, "train.txt", 10)
     keys = [(tar.key, tar.size) for tar in tars]
     loaded = imagenet.load_tarfiles_from_s3(source, tars, SIZE)
+    loaded = imagenet.report_loading(imagenet.DataSet(source, "", "train.txt", tars), loaded)
     parts = [ray.get([part.images, part.filenames, part.report]) for part in loaded]
     images = np.concatenate([part[0] for part in parts])
     said = [part[1:] for part in parts]

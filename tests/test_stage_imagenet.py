@@ -282,8 +282,9 @@ def test_names_that_people_give_are_what_the_driver_reads(s3, bucket, one_ray, f
     source = imagenet.source_of(bucket)
     for directory, label_file in ((TRAIN, "train.txt"), (VAL, "val.txt")):
         table = functions.label_table(imagenet.read_labels(source, label_file, 1000))
-        listed, found = imagenet.list_tars(source, f"{directory}/")[0], []
-        for tar in imagenet.load_tarfiles_from_s3(source, listed, [8, 8]):
+        data, found = imagenet.find(source, f"{directory}/", label_file), []
+        loaded = imagenet.load_tarfiles_from_s3(source, data.tars, [8, 8])
+        for tar in imagenet.report_loading(data, loaded):
             names = ray.get(tar.filenames)
             labels, report = functions.convert(names, table)
             assert report["unlabelled"] == 0 and report["doubtful"] == []

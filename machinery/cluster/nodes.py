@@ -267,6 +267,11 @@ def fastest_precision(cpus, gpus):
 # ---- room
 
 
+def count_cpus():
+    """How many CPUs the nodes have that are alive."""
+    return sum(node["Resources"].get("CPU", 0) for node in head.nodes())
+
+
 def room_for_workers(cpus, gpus):
     """How many workers of so many CPUs and GPUs each node holds in all: a dict of node id -> number.
 
