@@ -17,8 +17,8 @@ Files that are no images by their first bytes, and the test set, are left out, c
 
 What compressed archives and parquet files hold is copied to TMPDIR first, which needs as much room as
 they have: photos of one class lie in all of them, and none can be read without those before it. All
-else is read where it lies. No archive is in memory: of a parquet file, a few of its pages are, which in
-Hugging Face's files have at most 100 photos each.
+else is read where it lies. No archive is in memory: of a parquet file, up to three of its pages are,
+which have 100 photos each in Hugging Face's files, and 1,024 in those that pyarrow writes by itself.
 
 Every tar is written anew from its images, so that all layouts give the same bytes, and carries a
 fingerprint of them: the same command, run again, uploads only what is missing or differs. ImageNet's
