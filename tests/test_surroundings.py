@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.support import ROOT, THIN
+from tests.support import ROOT, THIN, free_port, thin_driver, wait_for_port, wait_until
 
 import nbclient
 import nbformat
@@ -135,6 +135,53 @@ def test_what_must_be_writable_is_named(as_stranger):
     what = "error: Ray does not start here: [Errno 13] Permission denied: '/etc/ray'"
     hint = "in TMPDIR, name a folder with a short path that can be written"
     assert (status, error) == (2, f"{what}; {hint}\n")
+
+
+# ---- a limit of memory
+
+LIMIT = 6 * 10**9
+
+
+@pytest.fixture
+def limited():
+    """What begins a command that has a limit of memory, and no limit of CPUs, as in a container."""
+    roots = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")  # of both versions of control groups
+    root, file = next(filter(Path.exists, roots)), "memory.max"
+    file = "memory.limit_in_bytes" if root == roots[0] else file
+    group = root / f"test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / file).write_text(str(LIMIT))
+    except OSError:
+        pytest.skip("this user may not make a control group")
+    enter = f'echo $$ > {group}/cgroup.procs && mount --bind {group} {root} && exec "$@"'
+    yield ["unshare", "--mount", "sh", "-c", enter, "sh"]
+    wait_until(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
+
+
+@pytest.mark.timeout(300)
+def test_workers_are_as_many_as_memory_is_for(limited, one_ray, photos):
+    """Ray has 70% of a container's memory for tasks, and each worker takes one GB of them."""
+    port, folder = free_port(), tempfile.mkdtemp()  # sockets want a short path
+    start = ["ray", "start", "--head", "--num-cpus=8", f"--port={port}", f"--temp-dir={folder}"]
+    start += ["--include-dashboard=false", "--object-store-memory=500000000", "--block"]
+    ray = subprocess.Popen([*limited, str(Path(sys.executable).with_name(start[0])), *start[1:]])
+    try:
+        wait_for_port(port, ray)
+        flags = ["NUM_WORKERS=None", "--s3-bucket", photos, "--iterations", 2]
+        with thin_driver(*flags, address=f"127.0.0.1:{port}") as run:
+            assert run.wait() == 0
+            out = run.output()
+    finally:
+        ray.terminate()
+        ray.wait(60)
+        shutil.rmtree(folder)
+    line = r"node \w{8} has memory for (\d) workers only, its CPUs are for 8; "
+    [workers] = re.findall(f"^{line}a larger CPUS_PER_WORKER uses them$", out, re.M)
+    assert 2 <= int(workers) <= 5
+    assert f"\n{workers} workers; an iteration is {workers} mini-batches of 5 images" in out
+    assert " lost" not in out
 
 
 # ---- notebooks
