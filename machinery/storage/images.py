@@ -22,7 +22,7 @@ MAX_RATIO = 2.5  # of sides, up to which cubic interpolation to twice the size w
 MAX_SCANS = 100  # of a progressive JPEG, which has some 10; with more, 1 MB can take hours
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # what an image in a tar may be, whatever its name
 
-QUALITY = 90  # of images stored as JPEGs: 23 kB each, 3.1 grey levels off (benchmarks/quality.py)
+QUALITY = 90  # of images stored as JPEGs: 23 kB each, 3.1 grey levels off (benchmarks/loading.py)
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; a larger one is no image
 
 # The first bytes of all that FORMATS names.
