@@ -23,7 +23,6 @@ LONGEST = 10**8  # seconds, three years, that the standard library can count dow
 PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
 TICK = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
 
-OPTIONS = {"max_retries": -1, "memory": TASK_MEMORY, "num_cpus": CPU_SLICE}
 _limits = {"task": math.inf, "wait": math.inf}  # seconds, see `limit`
 
 
@@ -36,24 +35,24 @@ def start(function, *arguments, name=None, **options):
     """Start a task on data that calls a function of a module; its reference, or references.
 
     Ray runs it again if its process or its node dies, and to rebuild what it has made, as often as that
-    happens: no bound of Ray's tells these from a task that itself ends its process, see `run`. `name`
-    names the task, if the function's name does not say enough; `options` are more of Ray's.
+    happens: no bound of Ray's tells these from a task that itself ends its process, see `run`.
+    References among the arguments come first. `name` names the task, if the function's name does not
+    say enough; `options` are more of Ray's.
     """
-    refs = {n: value for n, value in enumerate(arguments) if isinstance(value, ray.ObjectRef)}
-    values = [None if n in refs else value for n, value in enumerate(arguments)]
+    refs = [value for value in arguments if isinstance(value, ray.ObjectRef)]
+    call = cloudpickle.dumps((function, arguments[len(refs) :]))
     name = name or function.__name__
-    call = cloudpickle.dumps((function, values, [*refs]))
-    options = {"name": name} | OPTIONS | nodes.modules | options
-    return run.options(**options).remote(name, _limits["task"], call, *refs.values())
+    options = {"name": name, "memory": TASK_MEMORY, "num_cpus": CPU_SLICE} | nodes.modules | options
+    return run.options(**options).remote(name, _limits["task"], call, *refs)
 
 
-@ray.remote
+@ray.remote(max_retries=-1)
 def run(name, seconds, call, *objects):
     """What a task does: it calls a function, and ends its process if that takes too long.
 
-    `call` is a pickle of the function, its arguments, and the places of `objects` among these.
-    Ray itself does not run a task again that it cannot unpickle, as on a node without our libraries.
     The stack is in the node's log then. InputError if the task has ended MAX_STARTS processes here.
+    `call` is a pickle of the function, and of its arguments after `objects`: Ray itself does not run a
+    task again that it cannot unpickle, as on a node without our libraries.
     """
     context = ray.get_runtime_context()
     unique = f"ray-task-{context.get_node_id()}-{context.get_task_id()}"
@@ -67,13 +66,11 @@ def run(name, seconds, call, *objects):
             why = "too little memory, data on which it crashes, or too slow a node"
             raise InputError(f"{name}: this task has ended {before} processes ({why})")
         try:
-            function, values, places = cloudpickle.loads(call)
+            function, values = cloudpickle.loads(call)
         except Exception:  # a broken library can raise anything
             nodes.leave()
             raise
-        for place, value in zip(places, objects, strict=True):
-            values[place] = value
-        return function(*values)
+        return function(*objects, *values)
     finally:
         faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):
