@@ -53,7 +53,7 @@ class Pool:
         """Start workers, of the class `actor`. ClusterError if there is no room, and can be none."""
         self.count, self.helpers = setup.count, Helpers(helper)
         self._setup, self._actor, self._demand = setup, actor, []
-        self._room = nodes.Room(setup.share, self.helpers.here, setup.network["precision"])
+        self._room = nodes.Room(*setup.share.values(), self.helpers.here, setup.network["precision"])
         self._weights = None  # iteration, reference of its weights
         self._requests, self._results = [], []  # those of this iteration's gradients
         self._means = []  # arrays of the mean gradients
@@ -142,7 +142,6 @@ class Pool:
         deadline = time.monotonic() + patience
         while not self._up:
             self._admit(timeout=1)
-            nodes.head.look()
             if not self._up and (self._room.given_up() or time.monotonic() > deadline):
                 fail = self._room.why and f"workers fail: {self._room.why}"
                 why = fail or "no node has room for one"

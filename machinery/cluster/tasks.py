@@ -99,7 +99,7 @@ class Waiting:
             if lacking and since > _limits["wait"]:
                 raise ClusterError(f"{self._what()}, in vain: {lacking}")
             say(f"{self._what()}{late}{lacking and ': '}{lacking}")
-        nodes.head.look()
+        nodes.places.look(nodes.head.nodes(wait=0))
         return done
 
     def stalls(self, seconds):
