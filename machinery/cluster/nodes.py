@@ -16,7 +16,7 @@ from pathlib import Path
 from machinery.errors import ClusterError, one_line, say
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
@@ -362,14 +362,9 @@ class Actor:
 ACTOR = {"concurrency_groups": {"health": 1}}  # Ray's options for the class of an Actor
 
 
-def hangs(answer, seconds, wait=0):
-    """Whether an Actor has been at work for so many seconds, or is lost, as its answer says.
-
-    `answer` is the reference of its `seconds_at_work`. None if that has not come after `wait` seconds.
-    """
+def hangs(actor, seconds):
+    """Whether an Actor has been at work for so many seconds, is lost, or does not answer."""
     try:
-        return ray.get(answer, timeout=wait) > seconds
-    except GetTimeoutError:
-        return None
+        return ray.get(actor.seconds_at_work.remote(), timeout=ANSWER) > seconds
     except RayError:
         return True
