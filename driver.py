@@ -25,7 +25,7 @@ import functions
 import imagenet
 from machinery import constants, ending, results
 from machinery.cluster import joining, nodes, tasks
-from machinery.cluster.pool import Pool, Setup
+from machinery.cluster.pool import Pool
 from machinery.errors import say
 
 import ray
@@ -199,9 +199,8 @@ def start_workers(count, precision, cluster):
     """A pool of workers, each of which begins to build its network. They end with the cluster."""
     network = {"layers": LAYERS, "num_classes": NUM_CLASSES, "precision": precision}
     network |= {"threads": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-    share = {"cpus": CPUS_PER_WORKER, "gpus": GPUS_PER_WORKER}
-    setup = Setup(count, share, network, WORKER_TIMEOUT, WORKER_WAIT, cluster.can_grow)
-    return cluster.enter_context(Pool(setup, cluster.actor, functions.Helper))
+    pool = Pool(count, network, cluster.actor, functions.Helper, cluster.can_grow)
+    return cluster.enter_context(pool)
 
 
 def update_rule(images):
@@ -264,7 +263,7 @@ def main(argv=None, report=None, actor=functions.Worker):
         constants.check(globals(), alexnet.are_layers)
         args.source = imagenet.source_of(args.s3_bucket)
         with joining.join(runtime_env(), actor, stop.held) as cluster:
-            tasks.limit(TASK_TIMEOUT, WORKER_WAIT)
+            tasks.limits.update(task=TASK_TIMEOUT, wait=WORKER_WAIT, work=WORKER_TIMEOUT)
             nodes.places.first_look(functions.__name__)
             with results.Outcome(args, report, stop) as outcome:
                 nodes.head.when_silent = outcome.save

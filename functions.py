@@ -264,7 +264,7 @@ def draw_sample(helpers, batches, parts, seed, size, iteration):
 
 
 def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
-    """The finite losses of Drawn mini-batches, and the top-1 accuracy on a sample, None without one.
+    """The losses of Drawn mini-batches, and the top-1 accuracy on a sample, None without one.
 
     Gradients stay where they were computed, see `Pool.mean_gradients`. The sample, also Drawn, comes
     after them and is shared out among all workers: so it costs their forward passes and no more.
@@ -274,9 +274,9 @@ def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
         arguments = keep_probability, dropout_seed(seed, pool.iteration, index)
         gradients.append(Request("compute_grad", minibatch, [mean], arguments, returns=2))
     accuracies = [Request("print_accuracy", part, [mean]) for part in sample]
-    computed, hits = pool.compute_grad(gradients, accuracies)
-    top1 = np.divide(*sum(result.value for result in hits)) if hits else None
-    return [result.value for result in computed], top1
+    pool.compute_grad(gradients, accuracies)
+    top1 = np.divide(*sum(request.value for request in accuracies)) if accuracies else None
+    return [request.value for request in gradients], top1
 
 
 def dropout_seed(seed, iteration, index):
@@ -292,7 +292,7 @@ def validate(pool, batches, mean):
             chosen = np.arange(start, min(start + VALIDATION_PIECE, batch.count))
             drawn = draw_centres(pool.helpers, batch, chosen)
             requests.append(Request("count_hits", drawn, [mean]))
-    hits = sum(result.value for result in pool.run(requests))  # exact, however images are split
+    hits = sum(request.value for request in pool.run(requests))  # exact, however images are split
     return hits / sum(batch.count for batch in batches)
 
 

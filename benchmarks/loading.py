@@ -237,7 +237,7 @@ def quality(photos):
 def peak_memory(source, tars):
     """MB that the task that loads a tar takes at its peak, above a worker that has done nothing."""
     with joining.join(driver.runtime_env(), None, num_cpus=1):
-        tasks.limit(driver.TASK_TIMEOUT, driver.WORKER_WAIT)
+        tasks.limits.update(task=driver.TASK_TIMEOUT, wait=driver.WORKER_WAIT)
         start = 0
         while not start:  # the worker may end before it is looked at
             start = peak = private_memory(ray.get(tasks.start(os.getpid)))
@@ -271,7 +271,7 @@ def main():
         # Ray ends processes that are idle for a second; here they stay, to be warm.
         warm = {"idle_worker_killing_time_threshold_ms": 3_600_000}
         with joining.join(driver.runtime_env(), None, num_cpus=CPUS, _system_config=warm):
-            tasks.limit(driver.TASK_TIMEOUT, driver.WORKER_WAIT)
+            tasks.limits.update(task=driver.TASK_TIMEOUT, wait=driver.WORKER_WAIT)
             speeds(source, copies * len(photos), args.repeats)
             overhead(source, photos, args.repeats)
             resized(s3, source, photos, args.repeats)

@@ -24,7 +24,6 @@ from pathlib import Path
 from measuring import PRECISIONS, TRAIN, read_flags, small_bucket
 from misfortunes import NODES, Disk, Misfortunes, Soaked, Weather, ask
 
-from machinery.cluster.nodes import cpuinfo
 from tests.fault_proxy import fault_proxy
 from tests.nodes import Nodes
 from tests.support import ROOT, checksums
@@ -262,7 +261,7 @@ def print_table(misfortunes, equal, iteration):
 def main():
     """Disturb, compare, print; the exit status is 0 where nothing was wrong."""
     args = read_flags(__doc__, minutes=5.0, seed=0, precision=PRECISIONS)
-    if args.precision == "bfloat16" and "bf16" not in cpuinfo():
+    if args.precision == "bfloat16" and "bf16" not in Path("/proc/cpuinfo").read_text():
         sys.exit("this CPU has no instructions for bfloat16: a step would take minutes")
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, a driver would go on after it
     folder = Path(tempfile.mkdtemp(prefix="soak-"))

@@ -33,10 +33,6 @@ def one_of(*values):
     return Rule(lambda v: v in values, " or ".join(map(repr, values)))
 
 
-def _are_drops(value):
-    return isinstance(value, list | tuple) and all(number(0).holds(drop) for drop in value)
-
-
 POSITIVE = number(0, but=0)
 UNLIMITED = either(math.inf, POSITIVE)
 
@@ -60,7 +56,10 @@ RULES = {
     "LEARNING_RATE_IMAGES": POSITIVE,
     "LEARNING_RATE_POWER": number(0, 1),
     "WARM_UP": number(0),
-    "LEARNING_RATE_DROPS": Rule(_are_drops, "numbers of images in brackets, such as (100_000,)"),
+    "LEARNING_RATE_DROPS": Rule(
+        lambda v: isinstance(v, list | tuple) and all(map(number(0).holds, v)),
+        "numbers of images in brackets, such as (100_000,)",
+    ),
     "MOMENTUM": number(0, 1, but=1),
     "WEIGHT_DECAY": number(0),
     "CLIP_NORM": UNLIMITED,

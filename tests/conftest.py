@@ -45,7 +45,7 @@ def one_ray(s3):
     os.environ["RAY_ADDRESS"] = "local"  # not one that runs on this machine for something else
     settings = {"object_store_memory": 500 * 2**20, "_system_config": support.WARM}
     with joining.join(driver.runtime_env(), None, num_cpus=2, num_gpus=2, **settings):
-        tasks.limit(300, 300)
+        tasks.limits.update(task=300, wait=300)
         nodes.places.first_look("functions")
         yield ray.get_runtime_context().gcs_address
 

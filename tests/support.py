@@ -224,11 +224,12 @@ def train_elsewhere(
 def pool_of(count, cpus=1, patience=60, can_grow=False, actor=None):
     """A pool of workers with the thin network; `actor` may be another class."""
     import functions
-    from machinery.cluster.pool import Pool, Setup
+    from machinery.cluster import tasks
+    from machinery.cluster.pool import Pool
 
-    network = {"layers": THIN, "num_classes": 10, "precision": "float32", "threads": cpus}
-    setup = Setup(count, {"cpus": cpus, "gpus": 0}, network, 100, patience, can_grow)
-    return Pool(setup, actor or functions.Worker, functions.Helper)
+    tasks.limits.update(wait=patience, work=100)
+    network = {"layers": THIN, "num_classes": 10, "precision": "float32", "threads": cpus, "gpus": 0}
+    return Pool(count, network, actor or functions.Worker, functions.Helper, can_grow)
 
 
 @contextlib.contextmanager

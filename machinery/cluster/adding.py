@@ -4,7 +4,6 @@ A set is a list of arrays, one a variable, float32 or bfloat16's bits as uint16.
 which sets are added: the index of a set, or a pair of trees. Floats depend on it, so it never changes.
 """
 
-import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -60,10 +59,7 @@ def share_out(nodes, here):
 
 
 def aligned_empty(shape):
-    """A float32 array that starts at a multiple of 64 bytes: TensorFlow copies what does not.
-
-    This saves 17 ms of an iteration of 585 (bfloat16, `benchmarks/step.py` with and without it).
-    """
+    """A float32 array that starts at a multiple of 64 bytes: TensorFlow copies what does not."""
     size = 4 * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -96,9 +92,8 @@ def mean_of(tree, sets, count, weights, decays, means):
 
     The norm is not finite if any value is not. The gradients' sum is that of `sets`, a dict of index ->
     set, in the order of a tree. `decays` are numbers, one a variable: how much of the weight is added.
-    `weights` are a set, `means` float32 arrays. It goes through memory once, block by block. OpenCV
-    saves 10 ms of an iteration of 585 (bfloat16, `benchmarks/step.py` with NumPy instead), and its
-    arithmetic decides the bits of every run.
+    `weights` are a set, `means` float32 arrays. It goes through memory once, block by block. OpenCV is
+    faster than NumPy here, and its arithmetic decides the bits of every run.
     """
 
     def finish(variable, block, total, mean):
@@ -124,11 +119,8 @@ def _by_block(tree, sets, outs, finish):
         return finish(variable, block, total, out)
 
     places = [(i, start) for i, out in enumerate(outs) for start in range(0, out.size, BLOCK)]
-    cpus = os.cpu_count()
-    shares = [places[len(places) * i // cpus : len(places) * (i + 1) // cpus] for i in range(cpus)]
-    with ThreadPoolExecutor(cpus) as threads:
-        done = threads.map(lambda share: [one_block(*place) for place in share], shares)
-        return itertools.chain(*done)  # an error in a thread comes out here
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(one_block, *zip(*places, strict=True)))  # also errors of a thread
 
 
 def _add_up(tree, sets, rows, level=0):

@@ -1,16 +1,11 @@
 """One helper on each node draws, passes on and adds up: large objects are used where they lie."""
 
-import time
-
 from machinery.cluster import nodes
 from machinery.cluster.adding import leaves, share_out
-from machinery.cluster.tasks import Waiting
+from machinery.cluster.tasks import limits, wait_for
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental import get_object_locations
-
-START = 60  # seconds in which a helper has started
 
 
 class Drawn:
@@ -40,7 +35,7 @@ class Helpers:
     def __init__(self, actor):
         """Start none yet. `actor` is their class, a nodes.Actor: functions.Helper."""
         self._actor, self.here = actor, ray.get_runtime_context().get_node_id()
-        self._on = {}  # node id -> actor, a reference that resolves once it is up, when it was started
+        self._on = {}  # node id -> actor
 
     def holding(self, batches):
         """For each batch the helper on a node that holds it, or on this one if Ray knows of none."""
@@ -50,41 +45,18 @@ class Helpers:
     def on(self, node):
         """The helper on a node."""
         if node not in self._on:
-            self._note_start(node, self._actor.options(**nodes.on_node(node)).remote())
-        return self._on[node][0]
+            self._on[node] = self._actor.options(**nodes.on_node(node)).remote()
+        return self._on[node]
 
-    def _note_start(self, node, actor):
-        self._on[node] = actor, actor.seconds_at_work.remote(), time.monotonic()
+    def let_go_hung(self):
+        """End helpers that are lost, at work for too long, or do not answer: others start when needed.
 
-    def nodes(self):
-        """The nodes that have a helper: all on which data or gradients lie."""
-        return set(self._on)
-
-    def let_go(self, dead):
-        """Forget the helpers of nodes that are dead."""
-        self._on = {node: helper for node, helper in self._on.items() if node not in dead}
-
-    def restart_hung(self, seconds):
-        """Start helpers anew that have been at work for so many seconds, or do not answer.
-
-        Ray repeats the calls of one that was up; those of one that has never come up fail, and it is
-        forgotten.
+        Their calls fail, and what they were to make is asked for again.
         """
-        asked = {}
-        for node, (actor, up, since) in list(self._on.items()):
-            try:
-                ray.get(up, timeout=0)
-                asked[node] = actor, actor.seconds_at_work.remote()
-            except GetTimeoutError:
-                if time.monotonic() - since > START:
-                    ray.kill(actor)
-                    del self._on[node]
-            except RayError:  # its node is gone, and Ray has known it for a place of images until now
+        for node, actor in list(self._on.items()):
+            if nodes.hangs(actor, limits["work"]):
+                ray.kill(actor)
                 del self._on[node]
-        for node, (actor, answer) in asked.items():
-            if nodes.hangs(answer, seconds, nodes.ANSWER) is not False:
-                ray.kill(actor, no_restart=False)
-                self._note_start(node, actor)
 
     def pass_on(self, ref, there):
         """Start to copy an object from this node to others, in rounds.
@@ -100,7 +72,7 @@ class Helpers:
             arrived |= zip(now, before, strict=True)
         return arrived
 
-    def add_gradients(self, gradients, there, timeout):
+    def add_gradients(self, gradients, there):
         """Have the nodes add up sets of gradients, given as references, where they lie (`share_out`).
 
         `there` names the node of each set. Returns what is left to add: a tree, and a dict of index ->
@@ -113,8 +85,5 @@ class Helpers:
             sets = [refs[index] for index in indexes]
             refs.append(self.on(node).add_gradients.remote(part, indexes, sets))
         left = {index: refs[index] for index in leaves(tree)}
-        missing, waiting = set(left.values()), Waiting(lambda: "The gradients are still added up")
-        while missing := missing - set(waiting.some(list(missing))):
-            if waiting.stalls(timeout):
-                self.restart_hung(timeout)
-        return tree, dict(zip(left, ray.get([*left.values()]), strict=True))
+        sets = ray.get(wait_for([*left.values()], "Adding up gradients", self.let_go_hung))
+        return tree, dict(zip(left, sets, strict=True))

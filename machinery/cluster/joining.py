@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import secrets
-import socket
 import threading
 from pathlib import Path
 
@@ -25,14 +24,12 @@ from ray.exceptions import AuthenticationError
 
 
 class Cluster(contextlib.ExitStack):
-    """The Ray that a run is on, until the end of a `with`; what is entered into it ends before it.
-
-    `can_grow` says whether an autoscaler may add nodes; `actor` is the class of the workers.
-    """
+    """The Ray that a run is on, until the end of a `with`; what is entered into it ends before it."""
 
     def __init__(self, actor, can_grow):
         super().__init__()
-        self.actor, self.can_grow = actor, can_grow
+        self.actor = actor  # the class of the workers
+        self.can_grow = can_grow  # an autoscaler may add nodes
 
 
 def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
@@ -109,10 +106,7 @@ def _answers(address):
 
     ClusterError if it wants a token, as clusters of `ray start` do.
     """
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), nodes.CONNECT).close()
-    except (OSError, OverflowError, ValueError):  # no such port, or no name that a host can have
+    if not nodes.is_open(address):
         return False
 
     def ask_head():

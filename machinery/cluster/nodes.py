@@ -16,7 +16,7 @@ from pathlib import Path
 from machinery.errors import ClusterError, one_line, say
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
@@ -45,63 +45,54 @@ class Head:
 
     def __init__(self):
         self.when_silent = lambda: None
-        self._nodes, self._asking, self._since, self._is_silent = None, threading.Thread(), 0, False
+        self._nodes, self._asking, self._since, self._is_silent = [], threading.Thread(), 0, False
 
-    def look(self):
-        """Ask it now and then, and never wait. ClusterError if it is gone."""
-        if time.monotonic() > self._since + BETWEEN_LOOKS:
-            self._ask()
-            places.look(self._nodes or [])
-        self._judge()
+    def nodes(self, wait=ANSWER):
+        """The nodes that are alive, as Ray describes them. ClusterError if the head is gone.
 
-    def nodes(self):
-        """The nodes that are alive, as Ray describes them. ClusterError if the head is gone."""
-        self._ask()
-        if not self._is_silent:
-            self._asking.join(ANSWER)
-        self._judge()
-        if self._nodes is None:
-            raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
-        return self._nodes
-
-    def _ask(self):
-        if self._asking.is_alive():
-            return
-
-        def ask():
-            with contextlib.suppress(Exception):  # Ray may have ended meanwhile
-                self._nodes = [node for node in ray.nodes() if node["Alive"]]
-
-        self._asking, self._since = threading.Thread(target=ask, daemon=True), time.monotonic()
-        self._asking.start()
-
-    def _judge(self):
+        Without a `wait`, these are the ones that are known, and the head is asked now and then.
+        """
+        now = time.monotonic()
+        if not self._asking.is_alive() and (wait or now > self._since + BETWEEN_LOOKS):
+            self._asking, self._since = threading.Thread(target=self._ask, daemon=True), now
+            self._asking.start()
+        if wait and not self._is_silent:
+            self._asking.join(wait)
         late = self._asking.is_alive() and time.monotonic() > self._since + ANSWER
-        if late:
-            host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), 1).close()
-            except ConnectionRefusedError:
-                why = f"the head of the Ray cluster has not answered for {ANSWER} s"
-                raise ClusterError(why) from None
-            except OSError:  # it takes too long, which is silence
-                pass
+        gone = late and is_open(ray.get_runtime_context().gcs_address, 1) is False
+        if gone or (wait and not self._nodes):
+            raise ClusterError(f"the head of the Ray cluster has not answered for {ANSWER} s")
         if late and not self._is_silent:
             say(f"The head of the Ray cluster is silent for {ANSWER} s: the run goes on without it")
             self.when_silent()
         self._is_silent = late
+        return self._nodes
+
+    def _ask(self):
+        with contextlib.suppress(Exception):  # Ray may have ended meanwhile
+            self._nodes = [node for node in ray.nodes() if node["Alive"]]
 
 
 head = Head()  # of the cluster that this process is on
+
+
+def is_open(address, seconds=CONNECT):
+    """Whether HOST:PORT takes connections; False if it refuses them, None if it is silent or wrong."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+        return True
+    except ConnectionRefusedError:
+        return False
+    except (OSError, OverflowError, ValueError):  # no such port, or no name that a host can have
+        return None
 
 
 def lives(node):
     """Whether a node is alive: Ray itself notices only after some seconds that one has died."""
     for alive in head.nodes():
         if alive["NodeID"] == node:
-            raylet = alive["NodeManagerAddress"], alive["NodeManagerPort"]
-            with contextlib.suppress(OSError), socket.create_connection(raylet, CONNECT):
-                return True
+            return bool(is_open(f"{alive['NodeManagerAddress']}:{alive['NodeManagerPort']}"))
     return False
 
 
@@ -126,13 +117,15 @@ def first_line(error):
 # is empty.
 Place = namedtuple("Place", "cpu instructions tensorflow lacks")
 
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # without one of these, a step in it takes minutes
 INSTRUCTIONS = re.compile(r"GenuineIntel|(avx|amx|fma|f16c|sse4|asimd|sve|bf16|i8mm)\w*")
 
 
 @ray.remote(num_cpus=0)
 def look_around(module):
     """The Place of the node that this runs on. `module` imports all libraries that tasks need."""
-    text, tensorflow, lacks = cpuinfo(), "", ""
+    path, tensorflow, lacks = Path("/proc/cpuinfo"), "", ""
+    text = path.read_text() if path.exists() else ""  # what Linux says of the CPUs; others say nothing
     names = "model name", "cpu family", "model", "CPU implementer", "CPU part"
     fields = [re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in names]
     model = " / ".join(field[1] for field in fields if field) or platform.processor()
@@ -142,17 +135,6 @@ def look_around(module):
     except Exception as error:  # a broken library can raise anything
         lacks = one_line(f"{type(error).__name__}: {error}")[:200]
     return Place(model, frozenset(filter(INSTRUCTIONS.fullmatch, text.split())), tensorflow, lacks)
-
-
-def cpuinfo():
-    """What Linux says of the CPUs of the node that this runs on; other systems say nothing."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def has_bfloat16(place):
-    """Whether a Place has instructions for bfloat16: without them, a step takes minutes."""
-    return not place.instructions.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def is_fast_in_bfloat16(place):
@@ -178,7 +160,6 @@ class Places:
     """
 
     def __init__(self):
-        """Ask nobody yet."""
         self._module, self._asked, self._guards = "ray", {}, []
         self.known = {}  # node id -> Place
         self.short_of_memory = set()  # ids of nodes of which it was said
@@ -189,7 +170,7 @@ class Places:
         for node in there.keys() - self._asked.keys():
             self._asked[node] = look_around.options(**on_node(node)).remote(self._module)
         asked = {self._asked[node]: node for node in there.keys() - self.known.keys()}
-        for ref in ray.wait([*asked], num_returns=len(asked), timeout=timeout)[0] if asked else []:
+        for ref in ray.wait([*asked], num_returns=len(asked), timeout=timeout)[0]:
             node = asked[ref]
             try:
                 place = ray.get(ref)
@@ -204,7 +185,8 @@ class Places:
                 place = Place("", frozenset(), "", first_line(error))
             self.known[node] = place
             if place.lacks:
-                say(f"{_named(there[node])} is left alone: no task can run there ({place.lacks})")
+                named = f"node {node[:8]} ({there[node]['NodeManagerAddress']})"
+                say(f"{named} is left alone: no task can run there ({place.lacks})")
                 cpus, name = there[node]["Resources"]["CPU"], f"guard of {node}"
                 guard = Guard.options(num_cpus=cpus, name=name, **on_node(node))
                 self._guards.append(guard.remote())
@@ -224,16 +206,13 @@ class Places:
         self._module, there = module, head.nodes()
         self.look(there, timeout=3 * ANSWER)
         for node in there:
-            if node["NodeID"] in self._asked.keys() - self.known.keys():
-                say(f"{_named(node)} does not answer: the run begins without it")
+            name, address = node["NodeID"], node["NodeManagerAddress"]
+            if name in self._asked.keys() - self.known.keys():
+                say(f"node {name[:8]} ({address}) does not answer: the run begins without it")
         lacks = [place.lacks for place in self.known.values()]
         if lacks and all(lacks):
             hint = "pip install -r requirements.txt there, with the Python that runs Ray"
             raise ClusterError(f"no task can run on any of {len(lacks)} nodes ({lacks[0]}): {hint}")
-
-
-def _named(node):
-    return f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
 
 
 places = Places()  # of the cluster that this process is on
@@ -246,8 +225,7 @@ def leave():
     the driver does not leave the node alone.
     """
     name = f"guard of {ray.get_runtime_context().get_node_id()}"
-    deadline = time.monotonic() + 3 * ANSWER
-    while time.monotonic() < deadline:
+    for _ in range(3 * ANSWER):
         with contextlib.suppress(ValueError):  # the driver has not noticed yet
             ray.get(ray.get_actor(name).__ray_ready__.remote())
             os._exit(1)
@@ -259,7 +237,7 @@ def fastest_precision(cpus, gpus):
 
     bfloat16 where the CPU of every node that has room for a worker is faster in it; on GPUs, float32.
     """
-    there = [places.known[node] for node, number in room_for_workers(cpus, gpus).items() if number]
+    there = [places.known[node] for node in room_for_workers(cpus, gpus)]
     fast = there and not gpus and all(map(is_fast_in_bfloat16, there))
     return "bfloat16" if fast else "float32"
 
@@ -267,13 +245,13 @@ def fastest_precision(cpus, gpus):
 # ---- room
 
 
-def count_cpus():
-    """How many CPUs the nodes have that are alive."""
-    return sum(node["Resources"].get("CPU", 0) for node in head.nodes())
+def total(resource):
+    """How much of a resource of Ray's, such as "CPU", the nodes have that are alive."""
+    return sum(node["Resources"].get(resource, 0) for node in head.nodes())
 
 
 def room_for_workers(cpus, gpus):
-    """How many workers of so many CPUs and GPUs each node holds in all: a dict of node id -> number.
+    """How many workers of so many CPUs and GPUs nodes hold, those with room: a dict of id -> number.
 
     Memory counts, too: the host of a small container may have many CPUs.
     """
@@ -288,7 +266,7 @@ def room_for_workers(cpus, gpus):
             places.short_of_memory.add(name)
             hint = f"its CPUs are for {otherwise:.0f}; a larger CPUS_PER_WORKER uses them"
             say(f"node {name[:8]} has memory for {in_memory:.0f} workers only, {hint}")
-    return room
+    return {name: number for name, number in room.items() if number}
 
 
 def room_for_images(mini_batches, one_set, batch):
@@ -297,32 +275,30 @@ def room_for_images(mini_batches, one_set, batch):
     That is gradients, a node's sum and weights of two iterations, sets of so many bytes each, and what
     data tasks make: two tasks a CPU, two batches of so many bytes each.
     """
-    there = [node["Resources"] for node in head.nodes()]
-    cpus, store = (sum(has.get(kind, 0) for has in there) for kind in ("CPU", "object_store_memory"))
-    sets = mini_batches + 3 * len(there)
-    return int(0.8 * store - sets * one_set - 4 * cpus * batch)  # Ray spills a store that is fuller
+    used = (mini_batches + 3 * len(head.nodes())) * one_set + 4 * total("CPU") * batch
+    return int(0.8 * total("object_store_memory") - used)  # Ray spills a store that is fuller
 
 
 class Room:
     """Where on the cluster workers start: on the node with the most room, and not where they fail.
 
     A node on which workers start in vain, or crash, is tried again after a while, and is left alone
-    after FAILURES_IN_A_ROW failures, or where memory was short. `share` has the `cpus` and `gpus` of a
-    worker; `here` is the id of the driver's node. If workers compute in bfloat16, and the CPUs of the
-    first nodes all have instructions for it, then nodes without them are left alone.
+    after FAILURES_IN_A_ROW failures, or where memory was short. A worker has so many CPUs and GPUs;
+    `here` is the id of the driver's node. If workers compute in bfloat16, and the CPUs of the first
+    nodes all have instructions for it, then nodes without them are left alone.
     """
 
-    def __init__(self, share, here, precision):
-        self._share, self._here = share, here
+    def __init__(self, cpus, gpus, here, precision):
+        self._share, self._here = (cpus, gpus), here
         self._in_bfloat16 = None if precision == "bfloat16" else False  # None: not known yet
         self._failures, self._next_try = Counter(), Counter()  # node -> failures in a row; a moment
         self.why = ""  # why the last worker that failed has failed
 
     def places(self, there):
         """Yield nodes for more workers; `there` is a Counter of the nodes of all others."""
-        room, now = room_for_workers(**self._share), time.monotonic()
-        without = [node for node in room if room[node] and not has_bfloat16(places.known[node])]
-        if self._in_bfloat16 is None and any(room.values()):
+        room, now = room_for_workers(*self._share), time.monotonic()
+        without = [node for node in room if not places.known[node].instructions & BFLOAT16]
+        if self._in_bfloat16 is None and room:
             self._in_bfloat16 = not without
         for node in without if self._in_bfloat16 else []:
             if self._next_try[node] != math.inf:
@@ -350,7 +326,7 @@ class Room:
 
     def given_up(self):
         """Whether workers have failed too often on every node that has room for one."""
-        there = [node for node, number in room_for_workers(**self._share).items() if number]
+        there = room_for_workers(*self._share)
         return bool(there) and all(self._failures[node] >= FAILURES_IN_A_ROW for node in there)
 
 
@@ -386,14 +362,9 @@ class Actor:
 ACTOR = {"concurrency_groups": {"health": 1}}  # Ray's options for the class of an Actor
 
 
-def hangs(answer, seconds, wait=0):
-    """Whether an Actor has been at work for so many seconds, or is lost, as its answer says.
-
-    `answer` is the reference of its `seconds_at_work`. None if that has not come after `wait` seconds.
-    """
+def hangs(actor, seconds):
+    """Whether an Actor has been at work for so many seconds, is lost, or does not answer."""
     try:
-        return ray.get(answer, timeout=wait) > seconds
-    except GetTimeoutError:
-        return None
+        return ray.get(actor.seconds_at_work.remote(), timeout=ANSWER) > seconds
     except RayError:
         return True

@@ -23,37 +23,33 @@ LONGEST = 10**8  # seconds, three years, that the standard library can count dow
 PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
 TICK = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
 
-OPTIONS = {"max_retries": -1, "memory": TASK_MEMORY, "num_cpus": CPU_SLICE}
-_limits = {"task": math.inf, "wait": math.inf}  # seconds, see `limit`
-
-
-def limit(task, wait):
-    """From here on, a task may take so many seconds; a wait for a node that can run it so many."""
-    _limits.update(task=task, wait=wait)
+# Seconds that a task may take, that a wait for a worker or for a node that can run a task may take, and
+# that an actor may be at work before it is asked whether it hangs: see driver.py.
+limits = {"task": math.inf, "wait": math.inf, "work": math.inf}
 
 
 def start(function, *arguments, name=None, **options):
     """Start a task on data that calls a function of a module; its reference, or references.
 
     Ray runs it again if its process or its node dies, and to rebuild what it has made, as often as that
-    happens: no bound of Ray's tells these from a task that itself ends its process, see `run`. `name`
-    names the task, if the function's name does not say enough; `options` are more of Ray's.
+    happens: no bound of Ray's tells these from a task that itself ends its process, see `run`.
+    References among the arguments come first. `name` names the task, if the function's name does not
+    say enough; `options` are more of Ray's.
     """
-    refs = {n: value for n, value in enumerate(arguments) if isinstance(value, ray.ObjectRef)}
-    values = [None if n in refs else value for n, value in enumerate(arguments)]
+    refs = [value for value in arguments if isinstance(value, ray.ObjectRef)]
+    call = cloudpickle.dumps((function, arguments[len(refs) :]))
     name = name or function.__name__
-    call = cloudpickle.dumps((function, values, [*refs]))
-    options = {"name": name} | OPTIONS | nodes.modules | options
-    return run.options(**options).remote(name, _limits["task"], call, *refs.values())
+    options = {"name": name, "memory": TASK_MEMORY, "num_cpus": CPU_SLICE} | nodes.modules | options
+    return run.options(**options).remote(name, limits["task"], call, *refs)
 
 
-@ray.remote
+@ray.remote(max_retries=-1)
 def run(name, seconds, call, *objects):
     """What a task does: it calls a function, and ends its process if that takes too long.
 
-    `call` is a pickle of the function, its arguments, and the places of `objects` among these.
-    Ray itself does not run a task again that it cannot unpickle, as on a node without our libraries.
     The stack is in the node's log then. InputError if the task has ended MAX_STARTS processes here.
+    `call` is a pickle of the function, and of its arguments after `objects`: Ray itself does not run a
+    task again that it cannot unpickle, as on a node without our libraries.
     """
     context = ray.get_runtime_context()
     unique = f"ray-task-{context.get_node_id()}-{context.get_task_id()}"
@@ -67,13 +63,11 @@ def run(name, seconds, call, *objects):
             why = "too little memory, data on which it crashes, or too slow a node"
             raise InputError(f"{name}: this task has ended {before} processes ({why})")
         try:
-            function, values, places = cloudpickle.loads(call)
+            function, values = cloudpickle.loads(call)
         except Exception:  # a broken library can raise anything
             nodes.leave()
             raise
-        for place, value in zip(places, objects, strict=True):
-            values[place] = value
-        return function(*values)
+        return function(*objects, *values)
     finally:
         faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):
@@ -81,11 +75,14 @@ def run(name, seconds, call, *objects):
 
 
 class Waiting:
-    """A wait for `what()`: says so every PATIENCE seconds, and looks whether the head is there."""
+    """A wait for `what()`: says so every PATIENCE seconds, and looks whether the head is there.
 
-    def __init__(self, what):
-        self._what, self._since, self._said = what, time.monotonic(), time.monotonic()
-        self._stalls = 0
+    It calls `stalled` then, too, if nothing has come for as long as an actor may be at work.
+    """
+
+    def __init__(self, what, stalled=lambda: None):
+        self._what, self._stalled = what, stalled
+        self._since = self._said = time.monotonic()
 
     def some(self, refs):
         """Those of a list of references that are there, after TICK seconds at most; maybe none."""
@@ -95,21 +92,17 @@ class Waiting:
             done, _ = ray.wait(refs, num_returns=len(refs), timeout=0.001, fetch_local=False)
             self._since = self._said = now
         elif now > self._said + PATIENCE:
-            self._said = now
             since = now - self._since
-            late = f", for {since:.0f} s" if since > _limits["task"] else ""
+            late = f", for {since:.0f} s" if since > limits["task"] else ""
             lacking = lacking_for_tasks()
-            if lacking and since > _limits["wait"]:
+            if lacking and since > limits["wait"]:
                 raise ClusterError(f"{self._what()}, in vain: {lacking}")
             say(f"{self._what()}{late}{lacking and ': '}{lacking}")
-        nodes.head.look()
+            if since > limits["work"]:
+                self._stalled()
+            self._said = time.monotonic()
+        nodes.places.look(nodes.head.nodes(wait=0))
         return done
-
-    def stalls(self, seconds):
-        """Whether nothing has come for so many seconds; at the n-th stall, for n times as many."""
-        stalls = time.monotonic() - self._since > (self._stalls + 1) * seconds
-        self._stalls += stalls
-        return stalls
 
 
 def lacking_for_tasks():
@@ -121,21 +114,21 @@ def lacking_for_tasks():
     return "" if there else "there is no node on which a task can run"
 
 
-def wait(refs, what):
+def wait(refs, what, *stalled):
     """Yield the references of a set as their objects come, and take them out of it.
 
-    The loop over them may add others. `what` is a function that tells what is awaited.
+    The loop over them may add others. `what` is a function that tells what is awaited; see Waiting.
     """
-    waiting = Waiting(what)
+    waiting = Waiting(what, *stalled)
     while refs:
         for ref in waiting.some(list(refs)):
             refs.discard(ref)
             yield ref
 
 
-def wait_for(refs, what):
+def wait_for(refs, what, *stalled):
     """Wait until all objects are there; says how many are. Returns `refs`."""
-    left = set(refs)
-    for _ in wait(left, lambda: f"{what}: {len(refs) - len(left)} of {len(refs)} tasks are done"):
+    left, count = set(refs), len(refs)
+    for _ in wait(left, lambda: f"{what}: {count - len(left)} of {count} tasks are done", *stalled):
         pass
     return refs
