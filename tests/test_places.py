@@ -184,19 +184,6 @@ def test_a_model_of_another_program_is_not_replaced(s3, bucket, tmp_path, remote
     assert (tmp_path / "model" / "saved_model.pb").read_bytes() == data
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_exports_of_before_there_was_a_mark_are_replaced(network, s3, bucket, tmp_path, remote):
-    place = f"s3://{bucket}/x" if remote else str(tmp_path)
-    SavedModel(place).write(network, MEAN)
-    if remote:
-        s3.delete_object(Bucket=bucket, Key="x/exported-by-driver")
-    else:
-        (tmp_path / "exported-by-driver").unlink()
-    model = SavedModel(place)
-    assert model.exists()
-    model.write(network, MEAN)
-
-
 # ---- exports
 
 
@@ -228,6 +215,7 @@ def test_an_export_that_was_killed_is_made_anew(network, tmp_path):
     with pytest.raises(InputError, match="variables there is another program's"):
         SavedModel(str(place))
     assert {path.name for path in place.iterdir()} == {"variables", "notes.txt"}  # it stays as it is
+    (place / "exported-by-driver").touch()
     (place / ".export-1").mkdir()
     SavedModel(str(place)).write(network, MEAN)
     assert (place / "saved_model.pb").exists() and (place / "notes.txt").exists()

@@ -1,14 +1,10 @@
 """The trained network for use elsewhere, in a folder or `s3://bucket/prefix`."""
 
-import contextlib
 import shutil
 import tempfile
 from pathlib import Path
 
 from machinery.storage.places import open_place, write_errors
-
-from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf.saved_model_pb2 import SavedModel as Proto
 
 FLAG = "--export-dir"
 MODEL = "saved_model.pb"  # an exported network is there once this file is
@@ -21,8 +17,8 @@ class SavedModel:
 
     def __init__(self, place):
         """Name where it goes; InputError if that cannot be written or holds another program's model."""
-        options = {"mark": rf"{MARK}|{SCRATCH}.*", "ours": f"{MODEL}|variables.*|fingerprint.pb"}
-        self._folder = open_place(FLAG, place, **options, unmarked=_is_export)
+        ours = f"{MODEL}|variables.*|fingerprint.pb"
+        self._folder = open_place(FLAG, place, mark=MARK, ours=ours)
         self.place = self._folder and self._folder.place
         for killed in self._folder.path.glob(f"{SCRATCH}*") if place else ():
             shutil.rmtree(killed, ignore_errors=True)
@@ -54,15 +50,3 @@ class SavedModel:
                     entry.rename(there)
                     for file in sorted(there.rglob("*")) if there.is_dir() else [there]:
                         self._folder.upload(file.relative_to(folder).as_posix())
-
-
-def _is_export(folder):
-    """Whether a model without a mark is one that this program has exported before it had marks."""
-    if MODEL not in folder.names(MODEL):
-        return False
-    folder.download(MODEL)
-    model = Proto()
-    with contextlib.suppress(DecodeError):
-        model.ParseFromString((folder.path / MODEL).read_bytes())
-    signatures = [graph.signature_def["serving_default"] for graph in model.meta_graphs]
-    return [([*s.inputs], [*s.outputs]) for s in signatures] == [(["images"], ["probabilities"])]

@@ -22,12 +22,11 @@ from botocore.config import Config
 PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
 
 
-def open_place(flag, place, mark, ours, unmarked=lambda folder: False):
+def open_place(flag, place, mark, ours):
     """The folder that a flag names, tried as it will be used; None stays None.
 
     `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
-    beside them. InputError if it cannot be written, or if such names are there without a mark, unless
-    `unmarked` says of the folder that they are this program's all the same.
+    beside them. InputError if it cannot be written, or if such names are there without a mark.
     """
     place = checked_place(flag, place)
     if place is None:
@@ -37,8 +36,7 @@ def open_place(flag, place, mark, ours, unmarked=lambda folder: False):
         folder.check()
         names = folder.names()
         there = [name for name in names if re.fullmatch(ours, name)]
-        marked = any(re.fullmatch(mark, name) for name in names)
-        if there and not marked and not unmarked(folder):
+        if there and not any(re.fullmatch(mark, name) for name in names):
             why = f"{one_line(there[0])} there is another program's"
             raise InputError(f"{flag} {place}: {why}; name another place")
     return folder
