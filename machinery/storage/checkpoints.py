@@ -1,14 +1,14 @@
 """Checkpoints, from which a run resumes: the state of its network, and the facts about the run."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 from machinery.errors import InputError, one_line, say
-from machinery.storage.places import as_they_end, open_place, write_errors
+from machinery.storage.places import open_place, write_errors
 from machinery.storage.tf1 import tf
 
 FLAG = "--checkpoint-dir"
@@ -98,8 +98,7 @@ class Checkpoints:
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
         self._tried_best = None  # those of the best one that was tried to be saved
-        self._damaged = set()  # iterations of checkpoints, which are left alone
-        self._putter, self._putting = ThreadPoolExecutor(1), set()
+        self._putter, self._putting = concurrent.futures.ThreadPoolExecutor(1), set()
         if place:
             with write_errors(FLAG, place):
                 self._folder.lock(FLAG, STATE)
@@ -140,19 +139,16 @@ class Checkpoints:
         whole = wanted and reached >= iterations
         usable = [iteration for iteration in there if iteration <= iterations or not whole]
         for iteration in reversed(usable):
+            for file in _files(iteration):
+                self._folder.download(file)
             try:
-                for file in _files(iteration):
-                    self._folder.download(file)
                 reader = tf.train.load_checkpoint(str(self._folder.path / f"ckpt-{iteration}"))
                 # Reading a tensor verifies its checksum.
                 state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
                 facts, mean = Facts(**json.loads(state.pop("facts"))), state.pop("mean")
-            except InputError:
-                raise
             except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
                 why = one_line(error)[:120]
                 say(f"{self.place}: ckpt-{iteration} is damaged and left out: {why}")
-                self._damaged.add(iteration)
             else:
                 self.saved = self._newest = iteration
                 trained = whole or iteration >= iterations
@@ -194,7 +190,10 @@ class Checkpoints:
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
-        for putting in as_they_end(self._putting):
+        # A signal that comes just before a wait without an end is heard only after it.
+        while concurrent.futures.wait(self._putting, timeout=1).not_done:
+            pass
+        for putting in self._putting:
             putting.result()
 
     @contextlib.contextmanager
@@ -207,12 +206,13 @@ class Checkpoints:
             say(f"{failed}: {error}")
 
     def _put(self, iteration, best):
-        """Put a checkpoint that is written where it belongs, and delete older ones."""
+        """Put a checkpoint that is written where it belongs, and delete older ones.
+
+        Later ones are damaged, or the run would have begun there: they stay until they are made again.
+        """
         with self._or_say(f"The checkpoint of iteration {iteration} is not saved"):
             self._folder.check_claim()
-            self._damaged.discard(iteration)
-            others = {*self._iterations()} - {iteration} - self._damaged
-            there = [*sorted(others), iteration]
+            there = [*(older for older in self._iterations() if older < iteration), iteration]
             kept = {*there[-3:], *(best[:1] if best else [])}
             names = [f"ckpt-{each}" for each in there if each in kept]
             tf.train.update_checkpoint_state(str(self._folder.path), f"ckpt-{iteration}", names)

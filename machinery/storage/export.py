@@ -25,7 +25,7 @@ class SavedModel:
 
     def exists(self):
         """Whether there is an export already."""
-        return MODEL in self._folder.names(MODEL)
+        return MODEL in self._folder.names()
 
     def write(self, network, mean):
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].

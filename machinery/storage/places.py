@@ -8,18 +8,13 @@ import fcntl
 import re
 import tempfile
 import uuid
-from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 from machinery.errors import InputError, one_line, say
 from machinery.storage.s3 import PATIENT, data_client, read_object, s3_errors
 from machinery.storage.tf1 import tf
 
-from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-
-# One plain put for a file of up to 4 GB: not every S3-compatible store knows uploads in parts.
-PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
 
 
 def open_place(flag, place, mark, ours):
@@ -76,16 +71,6 @@ def write_errors(flag, place):
         raise InputError(f"{flag} {place}: {said[0].rpartition('; ')[2][:200]}") from error
 
 
-def as_they_end(jobs):
-    """Yield each of a set of futures once it has ended.
-
-    A signal that comes just before a wait without an end, as in `as_completed`, is heard only after it.
-    """
-    while jobs:
-        ended, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
-        yield from ended
-
-
 class LocalFolder:
     """A folder on a disk of this machine. Files are written to `path`, where they stay."""
 
@@ -99,9 +84,9 @@ class LocalFolder:
         with tempfile.TemporaryFile(dir=self.path) as file:
             file.write(b"a")
 
-    def names(self, start=""):
-        """Names of the files and folders, or of those whose name starts so."""
-        return [path.name for path in self.path.iterdir() if path.name.startswith(start)]
+    def names(self):
+        """Names of the files and folders."""
+        return [path.name for path in self.path.iterdir()]
 
     def lock(self, flag, mark):
         """Make the folder this run's, by a lock on a file that ends with the process."""
@@ -189,13 +174,13 @@ class S3Folder:
             raise InputError(f"{self.place}: another run saves here now")
 
     def upload(self, name):
-        """Put a file of `path`."""
+        """Put a file of `path` in one piece: not every S3-compatible store knows uploads in parts."""
         with self.file(name) as there, (self.path / name).open("rb") as file:
-            self.client.upload_fileobj(file, *there.values(), Config=PLAIN_PUTS)
+            self.client.put_object(**there, Body=file)
 
     def download(self, name):
         """Get a file into `path`."""
-        read_object(self.client, self.bucket, self.prefix + name, self.path / name)
+        (self.path / name).write_bytes(read_object(self.client, self.bucket, self.prefix + name))
 
     def delete(self, name):
         """Delete a file, also that of `path`."""

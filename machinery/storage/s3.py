@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -216,16 +215,13 @@ class Bucket(NamedTuple):
         return read_object(data_client(PATIENT, **self.where), self.name, key)
 
 
-def read_object(client, bucket, key, path=None):
-    """One object as bytes, or into a file; InputError if it is unreadable, or changes meanwhile."""
+def read_object(client, bucket, key):
+    """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
     with s3_errors(bucket, key):
         head = client.head_object(Bucket=bucket, Key=key)
     tar = Tar(key, head.get("ETag"), head["ContentLength"])
     with contextlib.closing(S3File(client, bucket, tar)) as file:
-        if path is None:
-            return file.read()
-        with path.open("wb") as out:
-            return shutil.copyfileobj(file, out, PIECE)
+        return file.read()
 
 
 class S3File:
