@@ -18,7 +18,7 @@ import boto3
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.loaders import create_loader
 from botocore.session import Session
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
@@ -85,25 +85,20 @@ class Keys(Credentials):
 
     def get_frozen_credentials(self):
         """What botocore signs a request with; ValueError if there is nothing."""
-        deadline, pause = time.monotonic() + self._seconds, 1
+        deadline = time.monotonic() + self._seconds
         with self._lock:
             while True:
                 try:
-                    found = self.found or _session(self._region).get_credentials()
+                    self.found = found = self.found or _session(self._region).get_credentials()
                     if not found:
                         raise NoCredentialsError
-                    self.found = found
                     return found.get_frozen_credentials()
                 except Exception as error:  # files, processes and services raise anything
                     self.found, why = None, one_line(error).rstrip(".")
-                    missing = isinstance(error, NoCredentialsError | PartialCredentialsError)
-                    no_service = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
-                    at_once = missing and no_service and self._seconds < 60  # as a run starts
-                    if at_once or time.monotonic() > deadline:
+                    if time.monotonic() > deadline:
                         raise ValueError(f"{why}; {LOG_IN}") from error
-                say(f"{why}: credentials are looked up again in {pause} s")
-                time.sleep(pause)
-                pause = min(2 * pause, 10)
+                say(f"{why}: credentials are looked up again in 3 s")
+                time.sleep(3)
 
 
 def _again(keys, most, slowly, response, attempts, **_):
