@@ -12,7 +12,7 @@ from machinery.errors import InputError, NotSaved, say
 from machinery.storage import terminal
 from machinery.storage.checkpoints import Checkpoints
 from machinery.storage.export import SavedModel
-from machinery.storage.places import LocalFolder, checked_place, write_errors
+from machinery.storage.places import open_place, write_errors
 from machinery.storage.tf1 import tf
 
 import numpy as np
@@ -33,7 +33,7 @@ class Report:
     """
 
     def __init__(self):
-        self.curves, self.lost_curves, self._lost_lines = None, False, 0
+        self.curves, self._writer, self.lost_curves, self._lost_lines = None, None, False, 0
         self._seconds, self._since = {}, 0  # of each phase of this iteration; when the last one ended
         self._last, self._epoch, self._bar = math.inf, None, None
         self._recent = deque(maxlen=RECENT)  # (seconds, loss) of iterations
@@ -43,14 +43,12 @@ class Report:
         """While this lasts, `say` gets each line of the logger "driver", from whatever module."""
         logger, handler = logging.getLogger("driver"), logging.Handler()
         handler.emit = lambda record: self.say(record.getMessage())
-        level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
         try:
             yield
         finally:
             logger.removeHandler(handler)
-            logger.setLevel(level)
 
     def say(self, line):
         """Print a line; one that standard output does not take is lost, and a later line says so.
@@ -69,10 +67,7 @@ class Report:
 
     def draw(self, folder):
         """Draw learning curves, too: TensorBoard's event files. InputError if that is impossible."""
-        if folder:
-            self.curves = checked_place("--log-dir", folder, remote=False)
-            with write_errors("--log-dir", folder):
-                self._open_curves()
+        self.curves = open_place("--log-dir", folder, remote=False)
 
     def plan(self, last, epoch):
         """The run is to end at iteration `last`, or inf; an epoch has `epoch` iterations, or None."""
@@ -151,24 +146,20 @@ class Report:
             return
         event = tf.Event(wall_time=time.time(), step=iteration, **content)
         try:
-            with write_errors("--log-dir", self.curves):
-                if not (self._curves and self._file.exists()):
-                    self._open_curves()
-                self._curves.write(event.SerializeToString())
-                self._curves.flush()
+            with write_errors("--log-dir", self.curves.place):
+                if not (self._writer and self._file.exists()):
+                    self.curves.check()
+                    self._file = self.curves.path / f"events.out.tfevents.{time.time_ns()}"
+                    self._writer = tf.python_io.TFRecordWriter(str(self._file))
+                    version = tf.Event(wall_time=time.time(), file_version="brain.Event:2")
+                    self._writer.write(version.SerializeToString())
+                self._writer.write(event.SerializeToString())
+                self._writer.flush()
         except InputError as error:
-            self._curves = None
+            self._writer = None
             if not self.lost_curves:
                 self.say(f"{error}: curves are lost while that lasts, training goes on")
             self.lost_curves = True
-
-    def _open_curves(self):
-        self._curves, folder = None, LocalFolder(self.curves)
-        folder.check()
-        self._file = folder.path / f"events.out.tfevents.{time.time_ns()}"
-        self._curves = tf.python_io.TFRecordWriter(str(self._file))
-        version = tf.Event(wall_time=time.time(), file_version="brain.Event:2")
-        self._curves.write(version.SerializeToString())
 
 
 class Outcome:
@@ -271,7 +262,7 @@ class Outcome:
                 say(f"The network is not exported: {error}")
                 missing.append(f"network in {self._model.place}")
         if curves := self._report.curves:
-            (missing if self._report.lost_curves else kept).append(f"curves in {curves}")
+            (missing if self._report.lost_curves else kept).append(f"curves in {curves.place}")
         lost = f"; not saved: {', '.join(missing)}" if missing else ""
         where = "in the middle of a step" if iteration is None else f"at iteration {iteration}"
         say(f"Stopped {where}: {', '.join(kept) or 'nothing is saved'}{lost}")

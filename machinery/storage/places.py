@@ -17,13 +17,13 @@ from machinery.storage.tf1 import tf
 from botocore.config import Config
 
 
-def open_place(flag, place, mark, ours):
+def open_place(flag, place, mark="", ours="", remote=True):
     """The folder that a flag names, tried as it will be used; None stays None.
 
     `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
     beside them. InputError if it cannot be written, or if such names are there without a mark.
     """
-    place = checked_place(flag, place)
+    place = checked_place(flag, place, remote)
     if place is None:
         return None
     folder = (S3Folder if place.startswith("s3://") else LocalFolder)(place)
