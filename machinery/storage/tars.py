@@ -91,6 +91,8 @@ def walk(file, start, end):
                 options["pax_headers"] = _Nothing()
                 archive = tarfile.TarFile(fileobj=file, tarinfo=header, **options)
             member = archive.next()
+            if member and member.size < 0:  # as a header about it says
+                raise ValueError
         except (tarfile.TarError, ArithmeticError, LookupError, ValueError):
             header.damaged = place if header.damaged is None else header.damaged
             # What is wrong can be said before the last header, which is read again without that.
@@ -102,11 +104,8 @@ def walk(file, start, end):
         if member is None:
             return
         place = archive.offset  # before the caller reads
-        yield member.offset, None if member.size < 0 else member
+        yield member.offset, member
         archive.members.clear()  # or a million of them would take 2 GB
-        if member.size < 0:  # says a header about it: it is read without that
-            place = max(member.offset, member.offset_data - 2 * tarfile.BLOCKSIZE) + tarfile.BLOCKSIZE
-            archive = None
     if header.damaged is not None:
         yield header.damaged, None
 
