@@ -115,7 +115,7 @@ class Checkpoints:
         """The place is this run's from here on."""
         self.best = facts.best
         if self.place:
-            self._folder.claim()
+            self._folder.claim(anew=True)
 
     def close(self):
         """Leave the place to others."""
@@ -211,7 +211,7 @@ class Checkpoints:
         Later ones are damaged, or the run would have begun there: they stay until they are made again.
         """
         with self._or_say(f"The checkpoint of iteration {iteration} is not saved"):
-            self._folder.check_claim()
+            self._folder.claim()
             there = [*(older for older in self._iterations() if older < iteration), iteration]
             kept = {*there[-3:], *(best[:1] if best else [])}
             names = [f"ckpt-{each}" for each in there if each in kept]

@@ -1,7 +1,4 @@
-"""The places that results go to: a folder, or `s3://bucket/prefix`.
-
-They are tried at the start of a run, the way that they will be used.
-"""
+"""The places that results go to: a folder, or `s3://bucket/prefix`, tried at the start of a run."""
 
 import contextlib
 import fcntl
@@ -23,9 +20,9 @@ def open_place(flag, place, mark="", ours="", remote=True):
     `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
     beside them. InputError if it cannot be written, or if such names are there without a mark.
     """
-    place = checked_place(flag, place, remote)
     if place is None:
         return None
+    place = checked_place(flag, place, remote)
     folder = (S3Folder if place.startswith("s3://") else LocalFolder)(place)
     with write_errors(flag, place):
         folder.check()
@@ -38,12 +35,10 @@ def open_place(flag, place, mark="", ours="", remote=True):
 
 
 def checked_place(flag, place, remote=True):
-    """A place as a flag names it, with ~ as the home folder; None stays None.
+    """A place as a flag names it, with ~ as the home folder.
 
     InputError if it is of a kind that is not supported (S3 is only if `remote`), or would be lost.
     """
-    if place is None:
-        return None
     kinds = "name a folder or s3://bucket/prefix" if remote else "name a local folder"
     if remote and re.match("[sS]3://[^/]", place):
         return f"s3{place[2:]}"
@@ -75,7 +70,6 @@ class LocalFolder:
     """A folder on a disk of this machine. Files are written to `path`, where they stay."""
 
     def __init__(self, place):
-        """Name the folder; nothing is there yet."""
         self.place, self.path = place, Path(place).resolve()
 
     def check(self):
@@ -98,10 +92,10 @@ class LocalFolder:
         except OSError as error:
             say(f"{self.place} has no locks ({error.strerror}): a second run here goes unnoticed")
 
-    def upload(self, name=None):
+    def upload(self, name=None, anew=None):
         """A file is there once it is written, and the folder is this run's once it is locked."""
 
-    download = claim = check_claim = upload
+    download = claim = upload
 
     def delete(self, name):
         """Delete a file."""
@@ -119,7 +113,6 @@ class S3Folder:
     """
 
     def __init__(self, place):
-        """Name the folder; nothing is asked of S3 yet."""
         self.place = place
         self.bucket, _, prefix = place.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
@@ -152,23 +145,19 @@ class S3Folder:
         """Names of the files, or of those whose name starts so."""
         with self.file(start) as there:
             pages = self.client.get_paginator("list_objects").paginate
-            pages = pages(Bucket=self.bucket, Prefix=there["Key"])
-            listed = [file["Key"] for page in pages for file in page.get("Contents", [])]
-            return [key.removeprefix(self.prefix) for key in listed]
+            listed = pages(Bucket=self.bucket, Prefix=there["Key"]).build_full_result()
+            return [file["Key"].removeprefix(self.prefix) for file in listed.get("Contents", [])]
 
     def lock(self, flag, mark):
         """Name the file that says whose this is: there are no locks in S3, see `claim`."""
         self._owner = f"{mark}.owner"
 
-    def claim(self):
-        """Make this place this run's: the last to begin has it, and others see that as they save."""
-        (self.path / self._owner).write_text(self._run)
-        self.upload(self._owner)
-
-    def check_claim(self):
-        """InputError if another run has claimed this place."""
-        if self._owner not in self.names(self._owner):  # someone has cleaned up
-            self.claim()
+    def claim(self, anew=False):
+        """Make this place this run's. The last to begin has it: InputError if that is another run."""
+        if anew or not self.names(self._owner):  # someone has cleaned up
+            (self.path / self._owner).write_text(self._run)
+            self.upload(self._owner)
+            return
         self.download(self._owner)
         if (self.path / self._owner).read_text() != self._run:
             raise InputError(f"{self.place}: another run saves here now")
