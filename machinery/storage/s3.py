@@ -75,7 +75,6 @@ class Keys(Credentials):
     """
 
     def __init__(self, region, seconds, environment):
-        """Nothing is looked up yet; of another environment, there are other credentials."""
         self._region, self._seconds = region, seconds
         self.found, self._lock = None, threading.Lock()
 
@@ -154,14 +153,12 @@ def s3_location():
     """
     plain = data_client(IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta
     meta = data_client().meta
-    where = {"region_name": meta.region_name}
-    if meta.endpoint_url != plain.endpoint_url:
-        where["endpoint_url"] = meta.endpoint_url
-    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1"):
-        where["anonymous"] = True
-    if os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester":
-        where["requester_pays"] = True
-    return where
+    return {
+        "region_name": meta.region_name,
+        "endpoint_url": meta.endpoint_url if meta.endpoint_url != plain.endpoint_url else None,
+        "anonymous": os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1"),
+        "requester_pays": os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester",
+    }
 
 
 class Tar(NamedTuple):
@@ -197,8 +194,8 @@ class Bucket(NamedTuple):
         with s3_errors(self.name):
             pages = data_client(**self.where).get_paginator("list_objects").paginate
             for page in pages(Bucket=self.name, Prefix=prefix):
-                listed = page.get("Contents", [])
-                yield from (Tar(o["Key"], o.get("ETag") or None, o["Size"]) for o in listed)
+                for each in page.get("Contents", []):
+                    yield Tar(each["Key"], each.get("ETag") or None, each["Size"])
 
     def open(self, tar, **options):
         """A Tar as a file to read forwards, with options of an S3File."""
