@@ -33,6 +33,7 @@ class Report:
     """
 
     def __init__(self):
+        # The folder of learning curves, TensorBoard's event files, if they are wanted.
         self.curves, self._writer, self.lost_curves, self._lost_lines = None, None, False, 0
         self._seconds, self._since = {}, 0  # of each phase of this iteration; when the last one ended
         self._last, self._epoch, self._bar = math.inf, None, None
@@ -64,10 +65,6 @@ class Report:
             raise
         except OSError:
             self._lost_lines += 1
-
-    def draw(self, folder):
-        """Draw learning curves, too: TensorBoard's event files. InputError if that is impossible."""
-        self.curves = open_place("--log-dir", folder, remote=False)
 
     def plan(self, last, epoch):
         """The run is to end at iteration `last`, or inf; an epoch has `epoch` iterations, or None."""
@@ -173,7 +170,8 @@ class Outcome:
         self._args, self._report, self._stop = args, report, stop
         self._checkpoints, self._model = Checkpoints(args.checkpoint_dir), SavedModel(args.export_dir)
         self._network, self._facts, self._mean, self._saved = None, None, None, time.monotonic()
-        report.draw(args.log_dir)
+        self._best = 0, 0  # top-1 and iteration of the best validation of this run
+        report.curves = open_place("--log-dir", args.log_dir, remote=False)
         if not args.checkpoint_dir and not args.export_dir:
             missing = "there is no --checkpoint-dir and no --export-dir"
             say(f"The trained weights end with this run: {missing}")
@@ -212,7 +210,8 @@ class Outcome:
         if self._facts:
             facts = dataclasses.replace(self._facts, validated=iteration)
             self._checkpoints.save(self._network, facts, self._mean, float(top1))
-            self._facts = facts  # not before: a signal may come while the save waits for another one
+            # Not before: a signal may come while the save waits for another one.
+            self._facts, self._best = facts, max(self._best, (top1, iteration))
 
     def needs_validation(self, iteration, every):
         """Whether it is time for a validation, which has not been before the run was resumed."""
@@ -250,8 +249,9 @@ class Outcome:
                 kept.append(f"checkpoints in {place}{at}")
             if checkpoints.saved != iteration:
                 missing.append(f"the iterations after {checkpoints.saved}")
-            if lost := checkpoints.lost_best:
-                missing.append(f"the best: top-1 {lost[1]:.1%} at iteration {lost[0]}")
+            top1, number = self._best
+            if top1 > (checkpoints.best or [0, 0])[1]:
+                missing.append(f"the best: top-1 {top1:.1%} at iteration {number}")
         if self._model.place and iteration:
             try:
                 if failed and self._model.exists():

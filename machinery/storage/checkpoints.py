@@ -97,19 +97,12 @@ class Checkpoints:
         self.place = self._folder and self._folder.place
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
-        self._tried_best = None  # those of the best one that was tried to be saved
         self._putter, self._putting = concurrent.futures.ThreadPoolExecutor(1), set()
         if place:
             with write_errors(FLAG, place):
                 self._folder.lock(FLAG, STATE)
                 for of_a_killed_save in self._folder.path.glob("ckpt-*.tempstate*"):
                     of_a_killed_save.unlink()
-
-    @property
-    def lost_best(self):
-        """Iteration and top-1 of a better one than `best`, whose save has failed; None without one."""
-        tried, best = self._tried_best, self.best
-        return tried if tried and not (best and best[1] >= tried[1]) else None
 
     def claim(self, facts):
         """The place is this run's from here on."""
@@ -185,8 +178,6 @@ class Checkpoints:
             network.save(str(self._folder.path / f"ckpt-{iteration}"), text, mean)
             self._putting = {self._putter.submit(self._put, iteration, best)}
         self._newest = iteration
-        if top1 is not None:
-            self._tried_best = max(best, self._tried_best or best, key=lambda tried: tried[1])
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
