@@ -30,13 +30,10 @@ ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as
 # Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
 # A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
 PATIENT = Config(
-    connect_timeout=5,
-    read_timeout=10,
-    retries={"mode": "standard", "total_max_attempts": 10},
-    max_pool_connections=32,
+    connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 10}, max_pool_connections=32
 )
 # The driver's own few requests fail within a minute when nothing answers.
-IMPATIENT = PATIENT.merge(Config(retries={"mode": "standard", "total_max_attempts": 3}))
+IMPATIENT = PATIENT.merge(Config(retries={"total_max_attempts": 3}))
 
 SLOWLY = 14  # requests of one call, in some three minutes, that S3 may answer by "slow down"
 SLOW_DOWN = re.compile("429|503|SlowDown|Throttl|TooManyRequests|LimitExceeded")
@@ -197,10 +194,10 @@ class Bucket(NamedTuple):
                 for each in page.get("Contents", []):
                     yield Tar(each["Key"], each.get("ETag") or None, each["Size"])
 
-    def open(self, tar, **options):
-        """A Tar as a file to read forwards, with options of an S3File."""
+    def open(self, tar):
+        """A Tar as a file to read forwards."""
         with s3_errors(self.name):
-            return S3File(_client(PATIENT, **self.where), self.name, tar, **options)
+            return S3File(_client(PATIENT, **self.where), self.name, tar)
 
     def read(self, key):
         """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
@@ -219,16 +216,15 @@ def read_object(client, bucket, key):
 class S3File:
     """An object in S3 as a file to read forwards: threads fetch the next pieces ahead of time.
 
-    What lies behind is let go: `ahead` + 1 pieces are in memory. Raises InputError if the object is
+    What lies behind is let go: AHEAD + 1 pieces are in memory. Raises InputError if the object is
     unreadable or has changed since it was listed.
     """
 
-    def __init__(self, client, bucket, tar, storm=30, piece=PIECE, ahead=AHEAD):
+    def __init__(self, client, bucket, tar, storm=30):
         """Nothing is asked of S3 yet; for `storm` seconds, what breaks off is asked for anew."""
-        self._client, self._bucket, self._tar = client, bucket, tar
-        self._storm, self._piece, self._ahead, self._place = storm, piece, ahead, 0
+        self._client, self._bucket, self._tar, self._storm = client, bucket, tar, storm
+        self._place, self._threads = 0, ThreadPoolExecutor(AHEAD)
         self._pieces = {}  # number -> Future of its bytes
-        self._threads = ThreadPoolExecutor(max(1, ahead))
 
     def close(self):
         """Begin to fetch nothing more."""
@@ -248,21 +244,21 @@ class S3File:
         end = self._tar.size if size is None else min(self._place + size, self._tar.size)
         read = []
         while self._place < end:
-            number, skipped = divmod(self._place, self._piece)
+            number, skipped = divmod(self._place, PIECE)
             read.append(self._get(number)[skipped : skipped + end - self._place])
             self._place += len(read[-1])
         return b"".join(read)
 
     def _get(self, number):
-        wanted = range(number, min(number + self._ahead + 1, math.ceil(self._tar.size / self._piece)))
-        self._pieces = {
-            n: self._pieces.get(n) or self._threads.submit(self._fetch, n * self._piece) for n in wanted
-        }
+        last = number + AHEAD if number else 0  # of some files, only the head is read
+        wanted = range(number, min(last + 1, math.ceil(self._tar.size / PIECE)))
+        begun, begin = self._pieces, self._threads.submit
+        self._pieces = {n: begun.get(n) or begin(self._fetch, n * PIECE) for n in wanted}
         with s3_errors(self._bucket, self._tar.key):
             return self._pieces[number].result()
 
     def _fetch(self, start):
-        stop = min(start + self._piece, self._tar.size)
+        stop = min(start + PIECE, self._tar.size)
         what = {"Bucket": self._bucket, "Key": self._tar.key, "Range": f"bytes={start}-{stop - 1}"}
         what |= {"IfMatch": self._tar.etag} if self._tar.etag else {}
         deadline, attempts = time.monotonic() + self._storm, 0
