@@ -52,16 +52,13 @@ class Report:
             logger.removeHandler(handler)
 
     def say(self, line):
-        """Print a line; one that standard output does not take is lost, and a later line says so.
-
-        BrokenPipeError if nobody reads any more.
-        """
+        """Print a line; one that standard output does not take is lost, and a later line says so."""
         if self._lost_lines:  # below half a line, maybe
             line = f"\n{self._lost_lines} lines are lost: standard output could not be written\n{line}"
         try:
             terminal.say(line)
             self._lost_lines = 0
-        except BrokenPipeError:
+        except BrokenPipeError:  # nobody reads any more
             raise
         except OSError:
             self._lost_lines += 1
@@ -135,9 +132,9 @@ class Report:
         self._write(iteration, summary=tf.Summary(value=values))
 
     def _write(self, iteration, **content):
-        """Write an event to the disk at once. TensorFlow's own writer ends its thread at an error.
+        """Write an event to the disk at once; after an error to another file. TensorBoard reads both.
 
-        After one, the next event opens another file: TensorBoard reads both.
+        TensorFlow's own writer ends its thread at an error.
         """
         if not self.curves:
             return
@@ -182,7 +179,7 @@ class Outcome:
         return self._checkpoints.start(self._args.iterations, wanted)
 
     def begin(self, network, mean, facts=None):
-        """There are weights from here on: of an AlexNet whose images are centred by a mean image.
+        """An AlexNet has weights from here on, for images that are centred by a mean image.
 
         `facts` become part of the run's checkpoints; without them, nothing is trained or saved.
         """

@@ -85,15 +85,14 @@ class Start:
 class Checkpoints:
     """Checkpoints in TensorFlow's own format, which `tf.train` reads: the newest three, and the best.
 
-    A checkpoint is the state of an AlexNet, the mean image, and a run's Facts. TensorFlow writes it
-    under names that nobody reads and renames them, the index last. If `place` is in S3, a thread puts
-    it there in the same order, and the file `checkpoint`, which names it, last.
+    A checkpoint is the state of an AlexNet, the mean image, and a run's Facts. Its index is written
+    last, and in S3, where a thread puts it, the file `checkpoint`, which names it, after that.
     """
 
     def __init__(self, place):
         """Open a folder or `s3://bucket/prefix`; InputError if it cannot be written, or is in use."""
-        ours = r"ckpt-\d+\..*|checkpoint"
-        self._folder = open_place(FLAG, place, mark=r"checkpoint\.(lock|owner)", ours=ours)
+        mark, ours = r"checkpoint\.(lock|owner)", r"ckpt-\d+\..*|checkpoint"
+        self._folder = open_place(FLAG, place, mark, ours)
         self.place = self._folder and self._folder.place
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
@@ -123,9 +122,8 @@ class Checkpoints:
     def start(self, iterations=math.inf, wanted=False):
         """The Start of a run up to so many iterations: the newest intact checkpoint, or iteration 0.
 
-        If there is a checkpoint of that iteration or a later one, and one is `wanted`, to be evaluated
-        or exported, then this is the newest intact one that is not later than `iterations`. Says which
-        ones are damaged; InputError if there are none but damaged ones.
+        If one is `wanted`, to be evaluated or exported, and all iterations are made, then this is the
+        newest intact one up to there. InputError if there are none but damaged ones, which are named.
         """
         there = self._iterations() if self.place else []
         reached = max(there, default=0)
@@ -154,11 +152,10 @@ class Checkpoints:
         return Start(self.place)
 
     def save(self, network, facts, mean, top1=None):
-        """Write a checkpoint of a network; if it goes to S3, wait only for the one before it.
+        """Write a checkpoint of a network; a save that fails is said, no more.
 
         With the top-1 accuracy of its weights, it is written only if that is the best so far, and not
-        there yet. Without it, an iteration that has been tried is not tried again. A save that fails is
-        said, no more.
+        there yet. Without it, an iteration that has been tried is not tried again.
         """
         iteration = network.iteration
         if not self.place or (top1 is None and iteration == self._newest):

@@ -17,8 +17,7 @@ class SavedModel:
 
     def __init__(self, place):
         """Name where it goes; InputError if that cannot be written or holds another program's model."""
-        ours = f"{MODEL}|variables.*|fingerprint.pb"
-        self._folder = open_place(FLAG, place, mark=MARK, ours=ours)
+        self._folder = open_place(FLAG, place, MARK, f"{MODEL}|variables.*|fingerprint.pb")
         self.place = self._folder and self._folder.place
         for killed in self._folder.path.glob(f"{SCRATCH}*") if place else ():
             shutil.rmtree(killed, ignore_errors=True)
@@ -30,9 +29,8 @@ class SavedModel:
     def write(self, network, mean):
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
 
-        An older export is replaced: its saved_model.pb goes first, and the new one comes last, so that
-        nobody loads one model's graph with another's weights. A folder stays the same one, since it can
-        be a mount point.
+        An older export's saved_model.pb goes first, and the new one comes last, so that nobody loads one
+        model's graph with another's weights. A folder stays the same one: it can be a mount point.
         """
         folder = self._folder.path
         with write_errors(FLAG, self.place):

@@ -53,11 +53,9 @@ _loader = create_loader()  # what botocore knows of S3, which takes 100 ms to re
 
 
 def _session(region=None):
-    """A new botocore session, in a region unless the settings name one.
-
-    AWS_REGION counts before AWS_DEFAULT_REGION, as in all of AWS's tools but botocore.
-    """
+    """A new botocore session, in a region unless the settings name one."""
     defaults = {name: (name, f"AWS_{name.upper()}", d, type(d)) for name, d in DEFAULTS.items()}
+    # All of AWS's tools but botocore read the first one.
     regions = [name for name in ("AWS_REGION", "AWS_DEFAULT_REGION") if os.environ.get(name)]
     session = Session(defaults | {"region": ("region", regions, region, None)})
     session.register_component("data_loader", _loader)
@@ -133,9 +131,9 @@ def data_client(config=IMPATIENT, anonymous=False, requester_pays=False, **where
     client = boto3.Session(botocore_session=session).client("s3", config=config, **where)
     again = functools.partial(_again, keys, most, set_by_user or SLOWLY)
     client.meta.events.register_first("needs-retry.s3", again)
-    for operation in ("ListObjects", "GetObject", "HeadObject") if requester_pays else ():
-        event = f"provide-client-params.s3.{operation}"
-        client.meta.events.register(event, lambda params, **_: params | {"RequestPayer": "requester"})
+    if requester_pays:
+        event, pay = "provide-client-params.s3", {"RequestPayer": "requester"}
+        client.meta.events.register(event, lambda params, **_: params | pay)
     return client
 
 

@@ -25,9 +25,8 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
 
     `tar` is a file object, `start` the byte at which the part begins, 0 or the `rest` of the part
     before; it ends with the tar, or after so many images or bytes. Returns images uint8 [n, height,
-    width, 3] or Jpegs, their n names in the tar, (name, reason) of what was left out: members that are
-    no regular file or no readable image, and damage to the tar itself; and `rest`, the byte at which
-    the next part begins, None after the last one.
+    width, 3] or Jpegs, their n names in the tar, (name, reason) of each member that was left out and of
+    damage to the tar itself, and `rest`, the byte at which the next part begins, None after the last.
     """
     end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
     # What no image is written to takes no memory.
@@ -79,8 +78,7 @@ def _content(tar, place, member, end):
 def walk(file, start, end):
     """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage.
 
-    `tarfile` skips what is no header. Where it gives up, it begins anew behind. The walk can begin
-    at any place that it has given, and goes forwards only.
+    `tarfile` skips what is no header. Where it gives up, it begins anew behind.
     """
     place, archive, header = start, None, _header_class(file)
     while place < end:
