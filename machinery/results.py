@@ -251,9 +251,7 @@ class Outcome:
                 missing.append(f"the best: top-1 {top1:.1%} at iteration {number}")
         if self._model.place and iteration:
             try:
-                if failed and self._model.exists():
-                    raise InputError(f"{self._model.place} keeps that of an earlier run")
-                self._model.write(self._network, self._mean)
+                self._model.write(self._network, self._mean, keep=failed)
                 kept.append(f"network in {self._model.place}")
             except InputError as error:
                 say(f"The network is not exported: {error}")

@@ -194,12 +194,10 @@ class Checkpoints:
             say(f"{failed}: {error}")
 
     def _put(self, iteration, best):
-        """Put a checkpoint that is written where it belongs, and delete older ones.
-
-        Later ones are damaged, or the run would have begun there: they stay until they are made again.
-        """
+        """Put a checkpoint that is written where it belongs, and delete older ones."""
         with self._or_say(f"The checkpoint of iteration {iteration} is not saved"):
             self._folder.claim()
+            # Later ones are damaged, as the run has begun at the newest intact one. They stay there.
             there = [*(older for older in self._iterations() if older < iteration), iteration]
             kept = {*there[-3:], *(best[:1] if best else [])}
             names = [f"ckpt-{each}" for each in there if each in kept]

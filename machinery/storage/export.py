@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from machinery.errors import InputError
 from machinery.storage.places import open_place, write_errors
 
 FLAG = "--export-dir"
@@ -22,18 +23,17 @@ class SavedModel:
         for killed in self._folder.path.glob(f"{SCRATCH}*") if place else ():
             shutil.rmtree(killed, ignore_errors=True)
 
-    def exists(self):
-        """Whether there is an export already."""
-        return MODEL in self._folder.names()
-
-    def write(self, network, mean):
+    def write(self, network, mean, keep=False):
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
 
-        An older export's saved_model.pb goes first, and the new one comes last, so that nobody loads one
-        model's graph with another's weights. A folder stays the same one: it can be a mount point.
+        InputError if it fails, or is to `keep` an older export. That one's saved_model.pb goes first and
+        the new one comes last, so that nobody loads one model's graph with another's weights. A folder
+        stays the same one: it can be a mount point.
         """
         folder = self._folder.path
         with write_errors(FLAG, self.place):
+            if keep and MODEL in self._folder.names():
+                raise InputError(f"{self.place} keeps that of an earlier run")
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
                 new = Path(scratch) / "new"

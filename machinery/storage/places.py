@@ -107,10 +107,7 @@ class LocalFolder:
 
 
 class S3Folder:
-    """A folder in S3, `s3://bucket/prefix`, of files that go up from, and come down to, `path`.
-
-    Every method raises InputError where S3 does not do it.
-    """
+    """A folder in S3, whose files go up from and come down to `path`; InputError if S3 refuses it."""
 
     def __init__(self, place):
         self.place = place

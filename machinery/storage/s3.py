@@ -240,20 +240,16 @@ class S3File:
     def read(self, size=None):
         """The next bytes: so many, or all to the end."""
         end = self._tar.size if size is None else min(self._place + size, self._tar.size)
-        read = []
+        read, begin = [], self._threads.submit
         while self._place < end:
             number, skipped = divmod(self._place, PIECE)
-            read.append(self._get(number)[skipped : skipped + end - self._place])
+            last = number + AHEAD if number else 0  # of some files, only the head is read
+            wanted = range(number, min(last + 1, math.ceil(self._tar.size / PIECE)))
+            self._pieces = {n: self._pieces.get(n) or begin(self._fetch, n * PIECE) for n in wanted}
+            with s3_errors(self._bucket, self._tar.key):
+                read.append(self._pieces[number].result()[skipped : skipped + end - self._place])
             self._place += len(read[-1])
         return b"".join(read)
-
-    def _get(self, number):
-        last = number + AHEAD if number else 0  # of some files, only the head is read
-        wanted = range(number, min(last + 1, math.ceil(self._tar.size / PIECE)))
-        begun, begin = self._pieces, self._threads.submit
-        self._pieces = {n: begun.get(n) or begin(self._fetch, n * PIECE) for n in wanted}
-        with s3_errors(self._bucket, self._tar.key):
-            return self._pieces[number].result()
 
     def _fetch(self, start):
         stop = min(start + PIECE, self._tar.size)
