@@ -26,9 +26,9 @@ class SavedModel:
     def write(self, network, mean, keep=False):
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
 
-        InputError if it fails, or is to `keep` an older export. That one's saved_model.pb goes first and
-        the new one comes last, so that nobody loads one model's graph with another's weights. A folder
-        stays the same one: it can be a mount point.
+        InputError if that fails, or it is to `keep` an older export. The old saved_model.pb goes first,
+        and the new one comes last, so that nobody loads one model's graph with another's weights. A
+        folder stays the same one: it can be a mount point.
         """
         folder = self._folder.path
         with write_errors(FLAG, self.place):

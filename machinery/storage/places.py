@@ -15,16 +15,23 @@ from botocore.config import Config
 
 
 def open_place(flag, place, mark="", ours="", remote=True):
-    """The folder that a flag names, tried as it will be used; None stays None.
+    """The folder that a flag names, tried as it will be used; None stays None, ~ is the home folder.
 
     `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
-    beside them. InputError if it cannot be written, or if such names are there without a mark.
+    beside them. InputError if the place is of a kind that is not supported (S3 is only if `remote`),
+    would be lost, cannot be written, or has such names without a mark.
     """
     if place is None:
         return None
-    place = checked_place(flag, place, remote)
-    folder = (S3Folder if place.startswith("s3://") else LocalFolder)(place)
+    kinds = "name a folder or s3://bucket/prefix" if remote else "name a local folder"
+    in_s3 = remote and re.match("[sS]3://[^/]", place)
+    if not place or (not in_s3 and re.match("[A-Za-z][A-Za-z0-9+.-]*:/", place)):
+        raise InputError(f"{flag} {place}: {kinds}")
     with write_errors(flag, place):
+        folder = S3Folder(f"s3{place[2:]}") if in_s3 else LocalFolder(place)
+        if not in_s3 and "working_dir_files" in folder.path.parts:
+            lost = "lies in the job's copy of its working directory, which Ray throws away"
+            raise InputError(f"{flag} {place}: {lost}; {kinds}, by its absolute path")
         folder.check()
         names = folder.names()
         there = [name for name in names if re.fullmatch(ours, name)]
@@ -32,24 +39,6 @@ def open_place(flag, place, mark="", ours="", remote=True):
             why = f"{one_line(there[0])} there is another program's"
             raise InputError(f"{flag} {place}: {why}; name another place")
     return folder
-
-
-def checked_place(flag, place, remote=True):
-    """A place as a flag names it, with ~ as the home folder.
-
-    InputError if it is of a kind that is not supported (S3 is only if `remote`), or would be lost.
-    """
-    kinds = "name a folder or s3://bucket/prefix" if remote else "name a local folder"
-    if remote and re.match("[sS]3://[^/]", place):
-        return f"s3{place[2:]}"
-    if not place or re.match("[A-Za-z][A-Za-z0-9+.-]*:/", place):
-        raise InputError(f"{flag} {place}: {kinds}")
-    with write_errors(flag, place):
-        folder = Path(place).expanduser()
-        if "working_dir_files" in folder.resolve().parts:
-            lost = "lies in the job's copy of its working directory, which Ray throws away"
-            raise InputError(f"{flag} {place}: {lost}; {kinds}, by its absolute path")
-    return str(folder)
 
 
 @contextlib.contextmanager
@@ -70,7 +59,8 @@ class LocalFolder:
     """A folder on a disk of this machine. Files are written to `path`, where they stay."""
 
     def __init__(self, place):
-        self.place, self.path = place, Path(place).resolve()
+        folder = Path(place).expanduser()
+        self.place, self.path = str(folder), folder.resolve()
 
     def check(self):
         """Make the folder, and try to write there."""
