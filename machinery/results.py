@@ -228,10 +228,7 @@ class Outcome:
             raise NotSaved(f"not saved: {', '.join(missing)}")
 
     def _finish(self, failed):
-        """Save and export the newest weights, and say what there is; what is missing.
-
-        A run that has `failed` exports only where nothing has been exported before.
-        """
+        """Save and export the newest weights, and say what there is; what is missing."""
         self._report.close()
         with contextlib.closing(self._checkpoints) as checkpoints:
             if not self._network:
@@ -240,15 +237,14 @@ class Outcome:
             checkpoints.wait()
         iteration, kept, missing = self._network.iteration, [], []
         if place := checkpoints.place:
+            number, top1 = checkpoints.best or (0, 0)
             if checkpoints.saved:
-                best = checkpoints.best
-                at = f" (best: top-1 {best[1]:.1%} at iteration {best[0]})" if best else ""
-                kept.append(f"checkpoints in {place}{at}")
+                best = f" (best: top-1 {top1:.1%} at iteration {number})" if number else ""
+                kept.append(f"checkpoints in {place}{best}")
             if checkpoints.saved != iteration:
                 missing.append(f"the iterations after {checkpoints.saved}")
-            top1, number = self._best
-            if top1 > (checkpoints.best or [0, 0])[1]:
-                missing.append(f"the best: top-1 {top1:.1%} at iteration {number}")
+            if self._best[0] > top1:
+                missing.append(f"the best: top-1 {self._best[0]:.1%} at iteration {self._best[1]}")
         if self._model.place and iteration:
             try:
                 self._model.write(self._network, self._mean, keep=failed)

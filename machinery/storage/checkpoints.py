@@ -138,12 +138,10 @@ class Checkpoints:
                 state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
                 facts, mean = Facts(**json.loads(state.pop("facts"))), state.pop("mean")
             except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
-                why = one_line(error)[:120]
-                say(f"{self.place}: ckpt-{iteration} is damaged and left out: {why}")
+                say(f"{self.place}: ckpt-{iteration} is damaged and left out: {one_line(error)[:120]}")
             else:
                 self.saved = self._newest = iteration
-                trained = whole or iteration >= iterations
-                return Start(self.place, facts, state, mean, reached, trained)
+                return Start(self.place, facts, state, mean, reached, whole or iteration >= iterations)
         if usable != there:
             none = f"no intact checkpoint up to iteration {iterations} is kept"
             raise InputError(f"{self.place}: {none}; there are {', '.join(map(str, there))}")
