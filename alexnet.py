@@ -34,7 +34,7 @@ def weight_shapes(layers, num_classes):
             kernel, stride, *flags = options
             shapes += [(kernel, kernel, channels, units), (units,)]
             side = -(-side // stride)
-            side = (side - 3) // 2 + 1 if "pool" in flags else side
+            side = max(0, (side - 3) // 2 + 1) if "pool" in flags else side
             channels = units
         else:
             shapes += [(side * side * channels, units), (units,)]

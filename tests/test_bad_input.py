@@ -495,8 +495,11 @@ CONSTANTS = {
 }
 
 
-@pytest.mark.parametrize("layers", [(), (("conv", 8, 11, 4), ("dense", 8)) * 2])
-def test_layers_without_a_dense_one_last_or_with_one_between(layers):
+VANISHED = ("conv", 8, 11, 4, "pool"), *[("conv", 8, 3, 2, "pool")] * 4, ("dense", 8)
+
+
+@pytest.mark.parametrize("layers", [(), (("conv", 8, 11, 4), ("dense", 8)) * 2, VANISHED])
+def test_layers_without_a_dense_one_last_or_with_one_between_or_with_too_many_pools(layers):
     with pytest.raises(InputError) as caught:
         constants.check(vars(driver) | {"LAYERS": layers}, alexnet.are_layers)
     assert str(caught.value).endswith(CONSTANTS["LAYERS"][1])
