@@ -21,7 +21,9 @@ from ray._private.utils import read_ray_address
 
 # A question to a head with a limit of time; ray.init tries for 14 minutes.
 from ray._raylet import GcsClient
-from ray.exceptions import AuthenticationError
+
+# Ray has tokens from version 2.52 on.
+AuthenticationError = getattr(ray.exceptions, "AuthenticationError", ())
 
 
 class Cluster(contextlib.ExitStack):
