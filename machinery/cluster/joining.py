@@ -4,7 +4,9 @@ This is the only file that uses private names of Ray.
 """
 
 import contextlib
+import json
 import os
+import platform
 import re
 import secrets
 import socket
@@ -72,7 +74,8 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
             what = "Ray does not start here" if own else joined
             hint = "; in TMPDIR, name a folder with a short path that can be written"
             hint = hint if own and isinstance(error, OSError) else ""
-            raise ClusterError(f"{what}: {one_line(error)[:300]}{hint}") from error
+            why = "" if own else _other_versions(address)
+            raise ClusterError(f"{what}: {why or one_line(error)[:300]}{hint}") from error
     cluster = Cluster(actor, can_grow=not own)
     cluster.callback(ray.shutdown)
     return cluster
@@ -131,6 +134,19 @@ def _answers(address):
         hint = "export RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token"
         raise ClusterError(f"the Ray cluster at {address} refuses this run: {hint}")
     return not all(isinstance(answer, Exception) for answer in answers)
+
+
+def _other_versions(address):
+    """What to say of a cluster that has another Ray or Python than this process has; empty if none."""
+    with contextlib.suppress(Exception), _silent_core():  # the head may be gone
+        key = {"key": b"CLUSTER_METADATA", "namespace": b"cluster", "timeout": nodes.ANSWER}
+        cluster = json.loads(GcsClient(address=address).internal_kv_get(**key))
+        there = f"Ray {cluster['ray_version']} and Python {cluster['python_version']}"
+        here = f"Ray {ray.__version__} and Python {platform.python_version()}"
+        if there != here:
+            hint = "run driver.py with those of the cluster, or as a job there (`ray job submit`)"
+            return f"it has {there}, and this program {here}: {hint}"
+    return ""
 
 
 @contextlib.contextmanager
