@@ -48,8 +48,9 @@ def test_address_at_which_nothing_listens_or_no_cluster(monkeypatch):
             monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
             with pytest.raises(ClusterError) as caught:
                 joining.find_address()
+            hint = f"check it, and that Ray {ray.__version__} runs there"
             assert str(caught.value) == (
-                f"no Ray cluster answers at RAY_ADDRESS=127.0.0.1:{port}: check it"
+                f"no Ray cluster answers at RAY_ADDRESS=127.0.0.1:{port}: {hint}"
             )
 
 

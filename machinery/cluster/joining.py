@@ -95,7 +95,8 @@ def find_address():
             hint = "name the cluster's own address, HOST:6379 (http:// is for `ray job submit` alone)"
             raise ClusterError(f"RAY_ADDRESS={one_line(named)}: {hint}")
         if not _answers(named):
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={named}: check it")
+            hint = f"check it, and that Ray {ray.__version__} runs there"  # another one may not answer
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={named}: {hint}")
         return named
     started = read_ray_address()  # `ray start` writes it down, and `ray.init` does not
     if started and _answers(started):
