@@ -30,8 +30,8 @@ lint: $(MADE)
 	$(BIN)/ruff format --check .
 
 # The file is there once all is installed: what was interrupted is made anew.
-$(MADE): requirements.txt requirements-dev.txt
+$(MADE): requirements.txt requirements-dev.txt constraints.txt
 	$(if $(PYTHON),,$(error $(NEEDED)))
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $(MADE)
