@@ -14,8 +14,6 @@ from machinery.cluster import nodes
 from machinery.errors import ClusterError, one_line, say, silent_stderr
 
 import ray
-
-# Where `ray start` has written its address; ray.init(address="auto") takes any Ray of this machine.
 from ray._private.utils import read_ray_address
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError

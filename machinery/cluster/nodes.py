@@ -16,7 +16,7 @@ from pathlib import Path
 from machinery.errors import ClusterError, one_line, say
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
@@ -98,8 +98,7 @@ def on_node(node):
 
 def first_line(error):
     """The line of an error's message that says most: the last one of a traceback, else the first."""
-    if isinstance(error, RayTaskError):
-        error = error.cause
+    error = getattr(error, "cause", None) or error  # that of a task
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines or [type(error).__name__]
     return lines[-1 if 'File "' in str(error) else 0][:200]
