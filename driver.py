@@ -82,7 +82,7 @@ def train(args, start, report, outcome, stop, cluster):
     pool = start_workers(min(how_many_workers(), plan.mini_batches), plan.precision, cluster)
     local = alexnet.AlexNet(LAYERS, NUM_CLASSES, rule=update_rule(images))
     rng = functions.generator(SEED, "initial weights")
-    local.restore(start.take_state() or local.initial_state(INITIAL_WEIGHTS, rng), start.iteration)
+    local.restore(start.take_state() or local.initial_state(INITIAL_WEIGHTS, rng), plan.iteration)
 
     # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
     batches, held_out = functions.match(training), functions.match(held_out)
@@ -97,9 +97,9 @@ def train(args, start, report, outcome, stop, cluster):
     settings = pool.helpers, batches, plan.mini_batches, SEED
     draw = partial(functions.draw_minibatches, *settings, MINI_BATCH)
     draw_sample = partial(functions.draw_sample, *settings, ACCURACY_SAMPLE)
-    upcoming = draw(start.iteration)
-    report.start(start.iteration, batches, mean)
-    for iteration in itertools.count(start.iteration):
+    upcoming = draw(plan.iteration)
+    report.start(plan.iteration, batches, mean)
+    for iteration in itertools.count(plan.iteration):
         # The local network's weights go into the object store once, and from there to every worker.
         pool.update_weights(iteration, ray.put(local.weights(plan.precision)))
         minibatches, upcoming = upcoming, draw(iteration + 1)  # ahead of time, beside all that follows
@@ -135,7 +135,7 @@ def evaluate(args, start, report, outcome, stop, cluster):
 
     Its mean image centres the held-out images, so that no training image is needed. Nothing is saved.
     """
-    iteration, wanted = start.iteration, args.val_prefix is not None or args.export_dir is not None
+    iteration, wanted = start.facts.iteration, outcome.wanted
     hint = f"this is about iteration {iteration}" if wanted else "--iterations can be more"
     say(f"Nothing to train: {start.place} has iteration {start.reached} already; {hint}")
     if not wanted:
@@ -145,7 +145,7 @@ def evaluate(args, start, report, outcome, stop, cluster):
     local = alexnet.AlexNet(LAYERS, NUM_CLASSES)
     local.restore(start.take_state(), iteration)
     outcome.begin(local, start.mean)
-    report.plan(iteration, start.facts.epoch)
+    report.epoch = start.facts.epoch
     if args.val_prefix is not None:
         listed = imagenet.find(args.source, args.val_prefix, args.val_label_file)
         plan = plan_of(start.facts, args.source, listed.tars)
@@ -215,8 +215,8 @@ def announce(start, workers, epoch, rate, can_grow):
     what = f"{start.facts.mini_batches} mini-batches of {MINI_BATCH} images, in {start.facts.precision}"
     say(f"{workers} workers; an iteration is {what}, an epoch is {epoch:.5g} iterations")
     say(f"The learning rate is {rate}")
-    if start.iteration:
-        say(f"Resumed from {start.place} at iteration {start.iteration}")
+    if start.facts.iteration:
+        say(f"Resumed from {start.place} at iteration {start.facts.iteration}")
     elif can_grow and not NUM_WORKERS:
         say("The number of mini-batches stays so. To wait for more workers, set NUM_WORKERS")
 

@@ -274,7 +274,7 @@ def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
         arguments = keep_probability, dropout_seed(seed, pool.iteration, index)
         gradients.append(Request("compute_grad", minibatch, [mean], arguments, returns=2))
     accuracies = [Request("print_accuracy", part, [mean]) for part in sample]
-    pool.compute_grad(gradients, accuracies)
+    pool.run(gradients + accuracies)
     top1 = np.divide(*sum(request.value for request in accuracies)) if accuracies else None
     return [request.value for request in gradients], top1
 

@@ -93,7 +93,7 @@ def measure(megabytes, repeats):
         return taken
 
     ways = {
-        "passed on": lambda ref: [there for there in helpers.pass_on(ref, others).values() if there],
+        "passed on": lambda ref: [*helpers.pass_on(ref, others).values()],
         "all at once": lambda ref: [helpers.on(node).fetch.remote([ref], []) for node in others],
     }
     taken = take_turns({name: partial(seconds, way) for name, way in ways.items()}, repeats)

@@ -36,8 +36,8 @@ class Report:
         # The folder of learning curves, TensorBoard's event files, if they are wanted.
         self.curves, self._writer, self.lost_curves, self._lost_lines = None, None, False, 0
         self._seconds, self._since = {}, 0  # of each phase of this iteration; when the last one ended
-        self._last, self._epoch, self._bar = math.inf, None, None
-        self._recent = deque(maxlen=RECENT)  # (seconds, loss) of iterations
+        self.last, self.epoch = math.inf, None  # the last iteration; how many an epoch has, if known
+        self._recent, self._bar = deque(maxlen=RECENT), None  # _recent: (seconds, loss) of iterations
 
     @contextlib.contextmanager
     def lines(self):
@@ -63,18 +63,13 @@ class Report:
         except OSError:
             self._lost_lines += 1
 
-    def plan(self, last, epoch):
-        """The run is to end at iteration `last`, or inf; an epoch has `epoch` iterations, or None."""
-        self._last, self._epoch = last, epoch
-
     def start(self, iteration, batches, mean):
         """Training begins: with an iteration, all shuffled batches, a reference to the mean image."""
         # At this mark, TensorBoard drops points of later iterations, of a run that was cut off.
         self._write(iteration, session_log=tf.SessionLog(status=tf.SessionLog.START))
         known = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
-        self._form = known if self._last < math.inf else "{n_fmt} iterations"
-        options = {"total": self._last, "initial": iteration, "bar_format": self._form}
-        self._bar = terminal.bar(**options, leave=False)
+        self._form = known if self.last < math.inf else "{n_fmt} iterations"
+        self._bar = terminal.bar(total=self.last, initial=iteration, bar_format=self._form, leave=False)
         self.resume()
 
     def close(self):
@@ -99,7 +94,7 @@ class Report:
 
     def validation(self, iteration, top1, top5):
         """The accuracies on all of the held-out set, 0 to 1, of the weights of an iteration."""
-        epoch = f" (epoch {iteration / self._epoch:.1f})" if self._epoch else ""
+        epoch = f" (epoch {iteration / self.epoch:.1f})" if self.epoch else ""
         self.say(f"Iteration {iteration}{epoch}: validation top-1 = {top1:.1%}, top-5 = {top5:.1%}")
         self._add(iteration, {"validation top-1": top1, "validation top-5": top5})
 
@@ -116,7 +111,7 @@ class Report:
         self._bar.n, self._bar.bar_format = iteration + 1, f"{self._form} [{said}]"
         self.say(f"Iteration {iteration}: loss = {loss:.3f}, {speed:.1f} images/s, {seconds:.2f} s")
         scalars = {"loss": loss, "gradient norm": norm, "learning rate": rate}
-        scalars |= {"epoch": iteration / self._epoch, "images a second": speed}
+        scalars |= {"epoch": iteration / self.epoch, "images a second": speed}
         self._add(iteration, scalars | phases)
         self.resume()
 
@@ -124,7 +119,7 @@ class Report:
         """The time left in words, "" if not known; a lost worker does not move the median."""
         if not self._recent:
             return ""
-        seconds = (self._last - iteration) * np.median([seconds for seconds, _ in self._recent])
+        seconds = (self.last - iteration) * np.median([seconds for seconds, _ in self._recent])
         return f"{timedelta(seconds=round(seconds))} left" if seconds < FOR_EVER else ""
 
     def _add(self, iteration, scalars):
@@ -168,6 +163,7 @@ class Outcome:
         self._checkpoints, self._model = Checkpoints(args.checkpoint_dir), SavedModel(args.export_dir)
         self._network, self._facts, self._mean, self._saved = None, None, None, time.monotonic()
         self._best = 0, 0  # top-1 and iteration of the best validation of this run
+        self.wanted = args.val_prefix is not None or args.export_dir is not None  # a trained network
         report.curves = open_place("--log-dir", args.log_dir, remote=False)
         if not args.checkpoint_dir and not args.export_dir:
             missing = "there is no --checkpoint-dir and no --export-dir"
@@ -175,8 +171,7 @@ class Outcome:
 
     def start(self):
         """The Start of the run."""
-        wanted = self._args.val_prefix is not None or self._args.export_dir is not None
-        return self._checkpoints.start(self._args.iterations, wanted)
+        return self._checkpoints.start(self._args.iterations, self.wanted)
 
     def begin(self, network, mean, facts=None):
         """An AlexNet has weights from here on, for images that are centred by a mean image.
@@ -185,7 +180,7 @@ class Outcome:
         """
         self._network, self._mean, self._facts = network, mean, facts
         if facts:
-            self._report.plan(self._args.iterations, facts.epoch)
+            self._report.last, self._report.epoch = self._args.iterations, facts.epoch
             self._checkpoints.claim(facts)
 
     def save_if_due(self, iteration, every, minutes):

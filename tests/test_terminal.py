@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import math
 import os
 import pty
 import re
@@ -155,7 +154,7 @@ def test_lines_of_several_threads_stay_whole():
 def test_without_a_last_iteration_the_bar_says_the_time_since_the_start():
     with contextlib.redirect_stdout(Screen()) as screen:
         report = results.Report()
-        report.plan(math.inf, epoch=10)
+        report.epoch = 10
         report.start(0, [], None)
         report.lap("compute")
         report.iteration(0, [2.0, 3.0], 40, 1.0, 0.1)
@@ -170,7 +169,7 @@ def test_without_a_last_iteration_the_bar_says_the_time_since_the_start():
 def test_a_lost_worker_and_a_validation_do_not_move_the_time_left(capsys):
     """Elsewhere than on a terminal, accuracies say it."""
     report = results.Report()
-    report.plan(1000, epoch=10)
+    report.last, report.epoch = 1000, 10
     report.start(0, [], None)
     for iteration in range(10):
         report.accuracy(iteration, 0.5)

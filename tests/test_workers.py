@@ -105,7 +105,7 @@ def test_weights_are_passed_on_in_rounds(one_ray, count, rounds):
     helpers = Noted()
     names = [helpers.here, *range(1, count)]
     there = helpers.pass_on("weights", names)
-    assert list(there) == names and there[helpers.here] is None
+    assert list(there) == names and there[helpers.here] == "weights"
     assert {node: helpers.calls[there[node]][0] for node in names[1:]} == {n: n for n in names[1:]}
     assert all(arguments[0] == ["weights"] for _, arguments in helpers.calls.values())
 

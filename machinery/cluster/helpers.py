@@ -63,9 +63,9 @@ class Helpers:
 
         A round has as many copies as nodes hold the object by then, since Ray copies from any of them:
         so this node sends about one a round, which saves time over slow links (benchmarks/README.md).
-        Returns a dict of node -> reference that resolves once the object is there; None for this node.
+        Returns a dict of node -> reference that resolves once the object is there.
         """
-        arrived, before, rest = {self.here: None}, [], [node for node in there if node != self.here]
+        arrived, before, rest = {self.here: ref}, [], [node for node in there if node != self.here]
         while rest:
             now, rest = rest[: len(arrived)], rest[len(arrived) :]
             before = [self.on(node).fetch.remote([ref], before) for node in now]

@@ -16,11 +16,7 @@ from machinery.cluster import nodes
 from machinery.errors import ClusterError, one_line, say, silent_stderr
 
 import ray
-
-# Where `ray start` has written its address; ray.init(address="auto") takes any Ray of this machine.
 from ray._private.utils import read_ray_address
-
-# A question to a head with a limit of time; ray.init tries for 14 minutes.
 from ray._raylet import GcsClient
 
 # Ray has tokens from version 2.52 on.

@@ -16,7 +16,7 @@ from pathlib import Path
 from machinery.errors import ClusterError, one_line, say
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER = 20  # seconds in which a healthy cluster answers a short question
@@ -30,9 +30,6 @@ WORKER_MEMORY = 10**9  # bytes of a worker: TensorFlow, its weights, a mini-batc
 # Ray's options by which tasks and actors find the project's modules. They need none where the job has
 # these; joining.py sets them where a program has called `ray.init` before.
 modules = {}
-
-
-# ---- the head, and which nodes are alive
 
 
 class Head:
@@ -90,10 +87,8 @@ def is_open(address, seconds=CONNECT):
 
 def lives(node):
     """Whether a node is alive: Ray itself notices only after some seconds that one has died."""
-    for alive in head.nodes():
-        if alive["NodeID"] == node:
-            return bool(is_open(f"{alive['NodeManagerAddress']}:{alive['NodeManagerPort']}"))
-    return False
+    found = [alive for alive in head.nodes() if alive["NodeID"] == node]
+    return any(is_open(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") for node in found)
 
 
 def on_node(node):
@@ -103,18 +98,14 @@ def on_node(node):
 
 def first_line(error):
     """The line of an error's message that says most: the last one of a traceback, else the first."""
-    if isinstance(error, RayTaskError):
-        error = error.cause
+    error = getattr(error, "cause", None) or error  # that of a task
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines or [type(error).__name__]
     return lines[-1 if 'File "' in str(error) else 0][:200]
 
 
-# ---- what each node is
-
 # The model of a node's CPUs, their instructions (a set of words) and the version of TensorFlow there:
-# the last bits of a result depend on these. `lacks` says why no task of this program can run there, or
-# is empty.
+# the last bits of a result depend on these. `lacks` says why no task can run there, or is empty.
 Place = namedtuple("Place", "cpu instructions tensorflow lacks")
 
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # without one of these, a step in it takes minutes
@@ -143,9 +134,9 @@ def is_fast_in_bfloat16(place):
     Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 did half as
     much a second as float32 on the one that was measured (benchmarks/README.md).
     """
-    made_for_amx = place.instructions >= {"GenuineIntel", "avx512_fp16"}
-    known = place.instructions & {"amx_bf16", "avx512_bf16"}
-    return "amx_bf16" in known or (bool(known) and not made_for_amx)
+    has = place.instructions
+    made_for_amx = has >= {"GenuineIntel", "avx512_fp16"}
+    return "amx_bf16" in has or ("avx512_bf16" in has and not made_for_amx)
 
 
 @ray.remote
@@ -154,10 +145,7 @@ class Guard:
 
 
 class Places:
-    """What the nodes are: each one is asked once. Those that lack what tasks need are left alone.
-
-    Such a node has a Guard. A task that was there before waits for it, see `leave`.
-    """
+    """What the nodes are: each one is asked once. Those that lack what tasks need get a Guard."""
 
     def __init__(self):
         self._module, self._asked, self._guards = "ray", {}, []
@@ -233,16 +221,10 @@ def leave():
 
 
 def fastest_precision(cpus, gpus):
-    """The precision for workers of so many CPUs and GPUs, "bfloat16" or "float32".
-
-    bfloat16 where the CPU of every node that has room for a worker is faster in it; on GPUs, float32.
-    """
-    there = [places.known[node] for node in room_for_workers(cpus, gpus)]
-    fast = there and not gpus and all(map(is_fast_in_bfloat16, there))
-    return "bfloat16" if fast else "float32"
-
-
-# ---- room
+    """The precision for workers of so many CPUs and GPUs: "bfloat16" where all nodes with room for one
+    are faster in it, else, and on GPUs, "float32"."""
+    fast = [is_fast_in_bfloat16(places.known[node]) for node in room_for_workers(cpus, gpus)]
+    return "bfloat16" if fast and all(fast) and not gpus else "float32"
 
 
 def total(resource):
@@ -330,9 +312,6 @@ class Room:
         return bool(there) and all(self._failures[node] >= FAILURES_IN_A_ROW for node in there)
 
 
-# ---- actors
-
-
 class Actor:
     """What Helper and Worker have in common: they say how long they have been at work.
 
@@ -341,13 +320,12 @@ class Actor:
     lists, and get the objects themselves. While they wait for these, they are not at work.
     """
 
-    _since = None
+    _since = math.inf  # nothing is at work
 
     @ray.method(concurrency_group="health")
     def seconds_at_work(self):
         """For how long the method that runs has been at work; 0 if it waits, or if none runs."""
-        since = self._since
-        return time.monotonic() - since if since else 0.0
+        return max(0.0, time.monotonic() - self._since)
 
     @contextlib.contextmanager
     def at_work(self):
@@ -356,7 +334,7 @@ class Actor:
         try:
             yield
         finally:
-            self._since = None
+            self._since = math.inf
 
 
 ACTOR = {"concurrency_groups": {"health": 1}}  # Ray's options for the class of an Actor

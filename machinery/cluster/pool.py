@@ -1,5 +1,4 @@
-"""The workers of a run, as the driver sees them: a pool that shares out an iteration's requests and
-replaces the lost."""
+"""The workers of a run, as the driver sees them."""
 
 import contextlib
 import math
@@ -50,8 +49,7 @@ class Pool(contextlib.AbstractContextManager):
     """The workers of a run: starts them, shares out an iteration's requests, replaces the lost.
 
     An iteration is a fixed list of requests, each complete in itself. Any worker can take any of them,
-    so which worker does, and how many there are, never changes a result. At the end of a `with`, all
-    workers end.
+    so which worker does, and how many there are, never changes a result.
     """
 
     def __init__(self, count, network, actor, helper, can_grow):
@@ -65,7 +63,7 @@ class Pool(contextlib.AbstractContextManager):
         self._room = nodes.Room(self._cpus, self._gpus, self.helpers.here, network["precision"])
         self._demand = []  # references of tasks that wait for room
         self.iteration, self._weights = None, None  # of the workers' weights; their reference
-        self._requests = []  # those of this iteration's gradients
+        self._requests = []  # those for gradients
         self._means = []  # arrays of the mean gradients
         self._up = {}  # number -> Member
         self._starting = {}  # reference that resolves once the worker is up -> Member
@@ -79,8 +77,6 @@ class Pool(contextlib.AbstractContextManager):
             ray.kill(worker.actor)
         for waiting in self._demand:
             ray.cancel(waiting)
-
-    # ---- which workers are up
 
     def _shortage(self):
         """What to say where the cluster has not room for all workers; nothing where it has.
@@ -154,8 +150,7 @@ class Pool(contextlib.AbstractContextManager):
             say(f"{where}no worker is left: waiting up to {limits['wait']} s for one")
             self._wait_for(1)
         if not self._up:
-            why = self._room.why and f"workers fail: {self._room.why}"
-            why = why or "no node has room for one"
+            why = f"workers fail: {self._room.why}" if self._room.why else "no node has room for one"
             raise ClusterError(f"{where}no worker is left, and none could start: {why}")
 
     def _wait_for(self, count):
@@ -196,21 +191,13 @@ class Pool(contextlib.AbstractContextManager):
                 lost = [member for member in self._up.values() if member.node == node]
                 self._lose(lost, f"node {node[:8]} is lost with {len(lost)} workers")
 
-    # ---- what they compute
-
     def update_weights(self, iteration, weightref):
         """Have every worker load an iteration's weights, which all requests are about from now on."""
         self._admit(timeout=0)
         self.iteration, self._weights = iteration, weightref
         arrived = self.helpers.pass_on(weightref, sorted({m.node for m in self._up.values()}))
         for member in self._up.values():
-            passed_on = [arrived[member.node]] if arrived[member.node] else []
-            member.actor.update_weights.remote(iteration, [weightref], passed_on)
-
-    def compute_grad(self, requests, others):
-        """Run Requests for gradients, which stay where they are computed, and others."""
-        self._requests = requests
-        self.run(requests + others)
+            member.actor.update_weights.remote(iteration, [weightref], [arrived[member.node]])
 
     def mean_gradients(self, decays):
         """The mean of the gradients just computed, plus weight decay (see `mean_of`), and its norm.
@@ -249,10 +236,8 @@ class Pool(contextlib.AbstractContextManager):
             raise ClusterError(f"iteration {self.iteration}: the gradients' sum is not finite")
 
     def run(self, requests):
-        """Share out Requests, each to the first free worker, until all have values; returns them.
-
-        A request whose worker is lost goes to another worker.
-        """
+        """Share out Requests, each to the first free worker, until all have values; returns them."""
+        self._requests = [request for request in requests if request.returns > 1]
         for number, request in enumerate(requests):
             request.number = number
         left, running = deque(requests), {}  # reference of a last value -> Request
@@ -264,7 +249,7 @@ class Pool(contextlib.AbstractContextManager):
         waiting = Waiting(what, self.helpers.let_go_hung)
         while left or running:
             self._wait_for_one()
-            unready = self._send_ready(requests, left, running)
+            unready = self._send_ready(left, running, len(self._requests) or len(requests))
             ended = set(waiting.some([*running, *unready]))
             for ref, request in list(running.items()):
                 if ref in ended or self._is_over(request):
@@ -273,10 +258,11 @@ class Pool(contextlib.AbstractContextManager):
                         left.appendleft(request)
         return requests
 
-    def _send_ready(self, requests, left, running):
+    def _send_ready(self, left, running, alike):
         """Send waiting requests whose images are there to free workers, and have the next ones drawn.
 
-        Returns the references of images that free workers wait for.
+        The first `alike` requests are spread over all workers, and those that follow like them. Returns
+        the references of images that free workers wait for.
         """
         here, busy = self.helpers.here, {request.member.number for request in running.values()}
         members = sorted(self._up.values(), key=lambda m: (m.node != here, m.node, m.number))
@@ -284,8 +270,6 @@ class Pool(contextlib.AbstractContextManager):
         ahead = list(left)[: len(free) + len(self._up)]
         data = {request.drawn.ref(): request for request in ahead}
         there, unready = ray.wait(list(data), num_returns=len(data), timeout=0, fetch_local=False)
-        # An accuracy's requests, which follow those of gradients, are spread like these.
-        alike = sum(request.returns > 1 for request in requests) or len(requests)
         for ref in there[: len(free)]:
             request = data[ref]
             left.remove(request)

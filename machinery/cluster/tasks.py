@@ -13,9 +13,8 @@ from machinery.errors import ClusterError, InputError, say
 import ray
 from ray import cloudpickle
 
-# An actor holds its CPUs for life. A worker leaves a tenth of one free, and a data task asks for much
-# less, so that data tasks always find room beside workers, to rebuild a lost block, too, and leave room
-# for a worker that starts: memory bounds how many run at once.
+# A worker holds its CPUs for life but a tenth of one, and a data task asks for much less: so data tasks
+# always find room beside workers, and leave room for new ones. Memory bounds how many run at once.
 CPU_SLICE = 0.002
 TASK_MEMORY = 9 * 10**8  # bytes of a data task: two batches of tars.PART.images as pixels, and Python
 MAX_STARTS = 5  # of a task on one node, in each of which it has ended its process
