@@ -115,7 +115,7 @@ def _by_block(tree, sets, outs, finish):
     def one_block(variable, start):
         block = slice(start, start + BLOCK)
         out = outs[variable].reshape(-1)[block]
-        total = _add_up(tree, {i: arrays[variable][block] for i, arrays in flat.items()}, out)
+        total = _add_up(tree, {i: arrays[variable][block] for i, arrays in flat.items()}, [out])
         return finish(variable, block, total, out)
 
     places = [(i, start) for i, out in enumerate(outs) for start in range(0, out.size, BLOCK)]
@@ -123,10 +123,12 @@ def _by_block(tree, sets, outs, finish):
         return list(threads.map(one_block, *zip(*places, strict=True)))  # also errors of a thread
 
 
-def _add_up(tree, sets, out):
-    """The sum of blocks in the order of a tree: in `out`, or a set itself if it is all."""
+def _add_up(tree, sets, rows, level=0):
+    """The sum of blocks in the order of a tree: in its level's row, or a set itself if it is all."""
     if tree in sets:
-        return as_float32(sets[tree], out)
-    first = _add_up(tree[0], sets, out)
-    second = _add_up(tree[1], sets, np.empty_like(out))
-    return np.add(first, second, out=out)
+        return as_float32(sets[tree], rows[level])
+    if len(rows) == level + 1:
+        rows.append(np.empty_like(rows[0]))
+    first = _add_up(tree[0], sets, rows, level)
+    second = _add_up(tree[1], sets, rows, level + 1)
+    return np.add(first, second, out=rows[level])
