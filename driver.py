@@ -172,8 +172,7 @@ def plan_of(facts, source, tars):
     one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
     room = partial(nodes.room_for_images, mini_batches, one_set)
     stored = imagenet.form_of_images(source, tars, STORED or facts.stored, room)
-    changes = {"mini_batches": mini_batches, "precision": precision, "stored": stored}
-    return dataclasses.replace(facts, **changes)
+    return dataclasses.replace(facts, mini_batches=mini_batches, precision=precision, stored=stored)
 
 
 def load(listed, stored):
