@@ -220,7 +220,7 @@ class AlexNet:
         """The 16 gradients of the mean loss, bfloat16 as its bits, and that loss.
 
         images: float32 [n, 224, 224, 3], pixels minus their mean; y_true: float32 [n, classes];
-        keep: the probability that dropout keeps a unit; dropout_seed: two integers.
+        keep: the probability that dropout keeps a unit; dropout_seed: two integers, for its masks.
         """
         feed = {self.images: images, self.y_true: y_true}
         feed |= {self.keep: keep, self.dropout_seed: dropout_seed}

@@ -271,18 +271,14 @@ def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
     """
     gradients = []
     for index, minibatch in enumerate(minibatches):
-        arguments = keep_probability, dropout_seed(seed, pool.iteration, index)
+        dropout_seed = generator(seed, "dropout", pool.iteration, index).integers(2**31, size=2)
+        arguments = keep_probability, dropout_seed.tolist()
         gradients.append(Request("compute_grad", minibatch, [mean], arguments, returns=2))
     accuracies = [Request("print_accuracy", part, [mean]) for part in sample]
     pool.compute_grad(gradients, accuracies)
     counts = sum(request.value for request in accuracies)
     top1 = counts[0] / counts[2] if accuracies else None
     return [request.value for request in gradients], top1
-
-
-def dropout_seed(seed, iteration, index):
-    """Two integers that decide the dropout masks of a mini-batch."""
-    return generator(seed, "dropout", iteration, index).integers(2**31, size=2).tolist()
 
 
 def validate(pool, batches, mean):
