@@ -150,10 +150,6 @@ class Momentum:
         self.rate, self.momentum = rate, momentum
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
 
-    def decays(self, shapes):
-        """How much of each parameter is added to its mean gradient: kernels alone decay."""
-        return [self.weight_decay if len(shape) > 1 else 0 for shape in shapes]
-
     def clipped(self, rate, norm):
         """The rate at which a gradient of this norm makes the step of the shortened one.
 
@@ -178,9 +174,7 @@ class AlexNet:
     which feeds `assignment` (initial or new weights) as well as `application` (gradients).
     """
 
-    def __init__(
-        self, layers=LAYERS, num_classes=1000, rule=None, threads=0, gpus=0, precision="float32"
-    ):
+    def __init__(self, layers, num_classes, rule=None, threads=0, gpus=0, precision="float32"):
         """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
         `rule` is what `apply` does; a network that only computes gradients needs none. `precision` is
@@ -226,11 +220,11 @@ class AlexNet:
         """The 16 gradients of the mean loss, bfloat16 as its bits, and that loss.
 
         images: float32 [n, 224, 224, 3], pixels minus their mean; y_true: float32 [n, classes];
-        keep: the probability that dropout keeps a unit; dropout_seed: two integers.
+        keep: the probability that dropout keeps a unit; dropout_seed: two integers, for its masks.
         """
         feed = {self.images: images, self.y_true: y_true}
         feed |= {self.keep: keep, self.dropout_seed: dropout_seed}
-        gradients, loss = self.sess.run([[gradient for gradient, _ in self.compgrads], self.loss], feed)
+        gradients, loss = self.sess.run([self.compgrads, self.loss], feed)
         return as_bits(gradients), loss
 
     def count_hits(self, images, y_true):
@@ -241,8 +235,8 @@ class AlexNet:
         return self.sess.run(self.hits, {self.images: images, self.y_true: y_true})
 
     def decays(self):
-        """How much of each parameter the rule adds to its mean gradient."""
-        return self.rule.decays(weight_shapes(self.layers, self.num_classes))
+        """How much of each parameter is added to its mean gradient: kernels alone decay."""
+        return [self.rule.weight_decay if len(v.shape) > 1 else 0 for v in self.parameters]
 
     def initial_state(self, std, rng):
         """What training starts from: `initial_weights`, and zeros for what the rule keeps."""
@@ -286,7 +280,7 @@ class AlexNet:
         """One step of the update rule, on a float32 gradient for each parameter and their norm."""
         feed = dict(zip(self.placeholders, gradients, strict=True))
         made, self.iteration = self.iteration, None  # if it fails, these are weights of no iteration
-        self.sess.run(self.application, feed | {self.learning_rate: self.rule.clipped(rate, norm)})
+        self.sess.run(self.application, feed | {self.rate: self.rule.clipped(rate, norm)})
         self.iteration = made + 1
 
     def _build(self, precision):
@@ -296,7 +290,7 @@ class AlexNet:
         self.y_true = tf.placeholder(tf.float32, [None, num_classes], "y_true")
         self.keep = tf.placeholder_with_default(1.0, [], "keep_probability")
         self.dropout_seed = tf.placeholder_with_default(np.zeros(2, np.int64), [2], "dropout_seed")
-        self.learning_rate = tf.placeholder_with_default(0.0, [], "learning_rate")
+        self.rate = tf.placeholder_with_default(0.0, [], "learning_rate")
         self.placeholders = [tf.placeholder(precision, shape) for shape in shapes]
         kinds = [*(kind for kind, *_ in layers), "dense"]
         names = [f"{kind}{i}/{part}" for i, kind in enumerate(kinds, 1) for part in ("kernel", "bias")]
@@ -318,12 +312,10 @@ class AlexNet:
         near = tf.math.in_top_k(logits, tf.argmax(self.y_true, 1), min(5, num_classes))
         self.hits = [tf.reduce_sum(tf.cast(right, tf.int32)) for right in (hits, near)]
 
-        gradients = tf.gradients(self.loss, self.parameters)
-        self.compgrads = list(zip(gradients, self.parameters, strict=True))
+        self.compgrads = tf.gradients(self.loss, self.parameters)
         self._state = {v.op.name: v for v in self.parameters}
         if self.rule:
-            step = self.parameters, self.placeholders, self.learning_rate
-            self.application, kept = self.rule.build(*step)
+            self.application, kept = self.rule.build(self.parameters, self.placeholders, self.rate)
             self._state |= {v.op.name: v for v in kept}
             self._prefix, self._facts = tf.placeholder(tf.string, []), tf.placeholder(tf.string, [])
             self._mean = tf.placeholder(tf.float32)

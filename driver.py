@@ -82,7 +82,7 @@ def train(args, start, report, outcome, stop, cluster):
     pool = start_workers(min(how_many_workers(), plan.mini_batches), plan.precision, cluster)
     local = alexnet.AlexNet(LAYERS, NUM_CLASSES, rule=update_rule(images))
     rng = functions.generator(SEED, "initial weights")
-    local.restore(start.take_state() or local.initial_state(INITIAL_WEIGHTS, rng), plan.iteration)
+    local.restore(start.take_state() or local.initial_state(INITIAL_WEIGHTS, rng), start.iteration)
 
     # ---- Matching images and labels, and shuffling: ImageNet comes sorted by class
     batches, held_out = functions.match(training), functions.match(held_out)
@@ -97,9 +97,9 @@ def train(args, start, report, outcome, stop, cluster):
     settings = pool.helpers, batches, plan.mini_batches, SEED
     draw = partial(functions.draw_minibatches, *settings, MINI_BATCH)
     draw_sample = partial(functions.draw_sample, *settings, ACCURACY_SAMPLE)
-    upcoming = draw(plan.iteration)
-    report.start(plan.iteration, batches, mean)
-    for iteration in itertools.count(plan.iteration):
+    upcoming = draw(start.iteration)
+    report.start(start.iteration, batches, mean)
+    for iteration in itertools.count(start.iteration):
         # The local network's weights go into the object store once, and from there to every worker.
         pool.update_weights(iteration, ray.put(local.weights(plan.precision)))
         minibatches, upcoming = upcoming, draw(iteration + 1)  # ahead of time, beside all that follows
@@ -135,7 +135,7 @@ def evaluate(args, start, report, outcome, stop, cluster):
 
     Its mean image centres the held-out images, so that no training image is needed. Nothing is saved.
     """
-    iteration, wanted = start.facts.iteration, outcome.wanted
+    iteration, wanted = start.iteration, outcome.wanted
     hint = f"this is about iteration {iteration}" if wanted else "--iterations can be more"
     say(f"Nothing to train: {start.place} has iteration {start.reached} already; {hint}")
     if not wanted:
@@ -172,8 +172,7 @@ def plan_of(facts, source, tars):
     one_set = alexnet.set_bytes(LAYERS, NUM_CLASSES, precision)
     room = partial(nodes.room_for_images, mini_batches, one_set)
     stored = imagenet.form_of_images(source, tars, STORED or facts.stored, room)
-    changes = {"mini_batches": mini_batches, "precision": precision, "stored": stored}
-    return dataclasses.replace(facts, **changes)
+    return dataclasses.replace(facts, mini_batches=mini_batches, precision=precision, stored=stored)
 
 
 def load(listed, stored):
@@ -215,8 +214,8 @@ def announce(start, workers, epoch, rate, can_grow):
     what = f"{start.facts.mini_batches} mini-batches of {MINI_BATCH} images, in {start.facts.precision}"
     say(f"{workers} workers; an iteration is {what}, an epoch is {epoch:.5g} iterations")
     say(f"The learning rate is {rate}")
-    if start.facts.iteration:
-        say(f"Resumed from {start.place} at iteration {start.facts.iteration}")
+    if start.iteration:
+        say(f"Resumed from {start.place} at iteration {start.iteration}")
     elif can_grow and not NUM_WORKERS:
         say("The number of mini-batches stays so. To wait for more workers, set NUM_WORKERS")
 

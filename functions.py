@@ -271,17 +271,14 @@ def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
     """
     gradients = []
     for index, minibatch in enumerate(minibatches):
-        arguments = keep_probability, dropout_seed(seed, pool.iteration, index)
+        dropout_seed = generator(seed, "dropout", pool.iteration, index).integers(2**31, size=2)
+        arguments = keep_probability, dropout_seed.tolist()
         gradients.append(Request("compute_grad", minibatch, [mean], arguments, returns=2))
     accuracies = [Request("print_accuracy", part, [mean]) for part in sample]
     pool.run(gradients + accuracies)
-    top1 = np.divide(*sum(request.value for request in accuracies)) if accuracies else None
+    counts = sum(request.value for request in accuracies)
+    top1 = counts[0] / counts[2] if accuracies else None
     return [request.value for request in gradients], top1
-
-
-def dropout_seed(seed, iteration, index):
-    """Two integers that decide the dropout masks of a mini-batch."""
-    return generator(seed, "dropout", iteration, index).integers(2**31, size=2).tolist()
 
 
 def validate(pool, batches, mean):
@@ -291,9 +288,9 @@ def validate(pool, batches, mean):
         for start in range(0, batch.count, VALIDATION_PIECE):
             chosen = np.arange(start, min(start + VALIDATION_PIECE, batch.count))
             drawn = draw_centres(pool.helpers, batch, chosen)
-            requests.append(Request("count_hits", drawn, [mean]))
-    hits = sum(request.value for request in pool.run(requests))  # exact, however images are split
-    return hits / sum(batch.count for batch in batches)
+            requests.append(Request("print_accuracy", drawn, [mean]))
+    *hits, images = sum(request.value for request in pool.run(requests))
+    return np.divide(hits, images)  # exact, however images are split
 
 
 # ---- actors
@@ -357,15 +354,9 @@ class Worker(Actor):
             return self.network.compute_grad(images, y_true, keep_probability, dropout_seed)
 
     def print_accuracy(self, iteration, refs):
-        """How many of a MiniBatch's images are right, top-1, and how many there are: int [2]."""
+        """How many of a MiniBatch's images are right, top-1 and top-5, and how many it has: int [3]."""
         with self._inputs(iteration, refs) as (images, y_true):
-            right, _ = self.network.count_hits(images, y_true)
-            return np.array([right, len(images)])
-
-    def count_hits(self, iteration, refs):
-        """How many of a MiniBatch's images are right, top-1 and top-5: int [2]."""
-        with self._inputs(iteration, refs) as (images, y_true):
-            return np.array(self.network.count_hits(images, y_true))
+            return np.array([*self.network.count_hits(images, y_true), len(images)])
 
     @contextlib.contextmanager
     def _inputs(self, iteration, refs):

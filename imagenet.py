@@ -1,6 +1,5 @@
 """ImageNet as tars and a label file, in a bucket or a folder: listing, loading, labels."""
 
-import collections
 import contextlib
 import hashlib
 import io
@@ -129,9 +128,9 @@ def report_loading(data, loaded):
 
     Returns all parts of all tars, in order. Shows how far it is, and says what was left out and why.
     """
-    parts, reports = [[] for _ in loaded], [[] for _ in loaded]  # of each tar
+    parts = [[] for _ in loaded]  # of each tar
     numbers, left, ended, images = {}, set(), 0, 0
-    waiting = collections.deque(number for number, tar in enumerate(loaded) if not tar.report)
+    waiting = [number for number, tar in enumerate(loaded) if not tar.report]
 
     def add(number, part):
         parts[number].append(part)
@@ -149,24 +148,24 @@ def report_loading(data, loaded):
     with terminal.bar(total=len(loaded), desc="Loading", unit="tar") as bar:
         for ref in tasks.wait(left, what):
             number, report = numbers[ref], ray.get(ref)
-            reports[number].append(report)
             images += report["images"]
             bar.set_postfix(images=images, refresh=False)
             if report["rest"] is not None:
                 add(number, parts[number][-1].more(report["rest"]))
                 continue
             while waiting and len(left) < tars_at_once():
-                add(waiting[0], loaded[waiting.popleft()].more(0))
+                add(waiting[0], loaded[waiting.pop(0)].more())
             bar.update()
             ended += 1
             if bar.disable and ended * 10 // len(loaded) > (ended - 1) * 10 // len(loaded):
                 say(f"Loading: {ended} of {len(loaded)} tars, {images} images")
-    say_left_out(data, reports)
+    say_left_out(data, parts)
     return [part for of_tar in parts for part in of_tar]
 
 
-def say_left_out(data, reports):
+def say_left_out(data, parts):
     """Name what was left out of the first few tars, from the reports of their parts; count the rest."""
+    reports = [ray.get([part.report for part in of_tar]) for of_tar in parts]
     counts = [sum(report["left_out"] for report in of_tar) for of_tar in reports]
     spoilt = [number for number, count in enumerate(counts) if count]
     for number in spoilt[:MAX_NAMED]:

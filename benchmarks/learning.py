@@ -209,7 +209,8 @@ def first_losses(args):
             for index, minibatch in enumerate(ray.get([each.ref() for each in drawn])):
                 images = functions.subtract_mean(minibatch, self.mean)
                 y_true = functions.one_hot(minibatch.labels, driver.NUM_CLASSES)
-                seed = functions.dropout_seed(driver.SEED, iteration, index)
+                rng = functions.generator(driver.SEED, "dropout", iteration, index)
+                seed = rng.integers(2**31, size=2).tolist()
                 computed.append(network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed))
             gradients, own_losses = zip(*computed, strict=True)
             tree, sets = tree_of(len(gradients)), dict(enumerate(gradients))

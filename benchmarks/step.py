@@ -160,11 +160,11 @@ def apart(pipe, rank, ports, mini_batch, precision):
     """A worker's network on its own: gradients of the same weights again and again, not fetched."""
     import alexnet
 
-    network = alexnet.AlexNet(threads=1, precision=precision)
+    network = alexnet.AlexNet(alexnet.LAYERS, NUM_CLASSES, threads=1, precision=precision)
     network.update_weights(initial_weights(precision))
     images, y_true = make_batch(mini_batch)
     feed = {network.images: images, network.y_true: y_true, network.keep: KEEP_PROBABILITY}
-    gradients = [gradient.op for gradient, _ in network.compgrads]
+    gradients = [gradient.op for gradient in network.compgrads]
     serve(pipe, lambda: network.sess.run([gradients, network.loss], feed))
 
 
@@ -364,7 +364,7 @@ def forward(pipe, rank, precision):
     import alexnet
     import functions
 
-    network = alexnet.AlexNet(threads=1, precision=precision)
+    network = alexnet.AlexNet(alexnet.LAYERS, NUM_CLASSES, threads=1, precision=precision)
     network.update_weights(initial_weights(precision))
     rng, count = np.random.default_rng(0), functions.VALIDATION_PIECE
     images = rng.normal(0, 58, (count, 224, 224, 3)).astype(np.float32)

@@ -106,6 +106,7 @@ def test_weights_are_broadcast_once_an_iteration_and_a_bucket_is_listed_once(
 ):
     """Also where an iteration is validated and where the run ends."""
     monkeypatch.setattr(thin, "VALIDATE_EVERY", 2)
+    monkeypatch.setattr(thin, "ACCURACY_EVERY", 0)
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         run = train(photos, "--iterations", 3, *VALIDATED, actor=noting_worker(tmp_path))
@@ -117,7 +118,7 @@ def test_weights_are_broadcast_once_an_iteration_and_a_bucket_is_listed_once(
     assert len(sent) == 4 and {iteration for iteration, _ in sent} == set("0123")
     times = Counter((call.pid, call.iteration) for call in calls if call.method == "update_weights")
     assert len(times) == 2 * 4 and set(times.values()) == {1}
-    assert {call.iteration for call in calls if call.method == "count_hits"} == set("23")
+    assert {call.iteration for call in calls if call.method == "print_accuracy"} == set("23")
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ def test_a_run_begins_with_the_workers_that_find_room(one_ray, tmp_path, caplog)
 def test_an_accuracy_comes_after_the_gradients_and_is_shared_out(one_ray, tmp_path):
     weights = [np.zeros(shape) for shape in alexnet.weight_shapes(**NETWORK)]
     mean = ray.put(None)
-    with two_workers(actor=noting_worker(tmp_path)) as pool:
+    with two_workers(actor=noting_worker(tmp_path, [(7, 6)])) as pool:
         pool.update_weights(7, ray.put(weights))
         minibatches, parts = [[Given(None) for _ in range(count)] for count in (2, 4)]
         for sample, accuracy in (parts, 0.5), ([], None):

@@ -42,6 +42,11 @@ class Start:
     trained: bool = False  # whether nothing is left to train
     run: dict = dataclasses.field(default_factory=dict)  # what `must_match` was told
 
+    @property
+    def iteration(self):
+        """How many steps have made the weights."""
+        return self.facts.iteration
+
     def must_match(self, run, fixed=()):
         """InputError unless the texts in `run` that are `fixed` are as saved; says what has changed."""
         was = self.facts.run

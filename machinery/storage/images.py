@@ -77,8 +77,7 @@ def _decode(data, size):
         h, w, space, _ = simplejpeg.decode_jpeg_header(data)
         if space in ("YCbCr", "RGB", "Gray") and h * w <= MAX_PIXELS:
             # min_factor=2: only halving while decoding is fast (and never below the size wanted).
-            least = {"min_height": height, "min_width": width}
-            pixels = simplejpeg.decode_jpeg(data, "RGB", min_factor=2, **least)
+            pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2)
             if (h, w) == (height, width):
                 return pixels, True
             if h >= height and w >= width:

@@ -30,7 +30,8 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
     """
     end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
     # What no image is written to takes no memory.
-    images = [] if as_jpegs else np.empty((most.images, *size, 3), np.uint8)
+    images = [None] * most.images if as_jpegs else np.empty((most.images, *size, 3), np.uint8)
+    decode = small_jpeg if as_jpegs else decode_image
     names, left_out, rest = [], [], None
     for place, member in walk(tar, start, end):
         if len(names) == most.images or place - start >= most.bytes:
@@ -39,23 +40,18 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
         if member and member.isdir():
             continue
         try:
-            data = _content(tar, place, member, end)
-            if as_jpegs:
-                images.append(small_jpeg(data, size))
-            else:
-                images[len(names)] = decode_image(data, size)
+            images[len(names)] = decode(_content(tar, place, member, end), size)
+            names.append(member.name)
         except ImageError as error:
             left_out.append((member.name if member else ITSELF, str(error)))
-        else:
-            names.append(member.name)
     else:
         tar.seek(max(0, end - tarfile.BLOCKSIZE))
         if any(tar.read()):
             left_out.append((ITSELF, "cut: its end mark is missing"))
         if not start and not names and all(name == ITSELF for name, _ in left_out):
             left_out = [(ITSELF, "empty, or no tar")]
-    images = Jpegs(images, size) if as_jpegs else images[: len(names)]
-    return images, names, left_out, rest
+    images = images[: len(names)]
+    return Jpegs(images, size) if as_jpegs else images, names, left_out, rest
 
 
 def _content(tar, place, member, end):
