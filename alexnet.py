@@ -150,6 +150,10 @@ class Momentum:
         self.rate, self.momentum = rate, momentum
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
 
+    def decays(self, parameters):
+        """How much of each parameter is added to its mean gradient: kernels alone decay."""
+        return [self.weight_decay if len(v.shape) > 1 else 0 for v in parameters]
+
     def clipped(self, rate, norm):
         """The rate at which a gradient of this norm makes the step of the shortened one.
 
@@ -235,8 +239,8 @@ class AlexNet:
         return self.sess.run(self.hits, {self.images: images, self.y_true: y_true})
 
     def decays(self):
-        """How much of each parameter is added to its mean gradient: kernels alone decay."""
-        return [self.rule.weight_decay if len(v.shape) > 1 else 0 for v in self.parameters]
+        """How much of each parameter the rule adds to its mean gradient."""
+        return self.rule.decays(self.parameters)
 
     def initial_state(self, std, rng):
         """What training starts from: `initial_weights`, and zeros for what the rule keeps."""

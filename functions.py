@@ -30,16 +30,14 @@ NO_LABEL = -1
 MANY_UNLABELLED = 0.05  # share of images; more are hardly left out on purpose
 SUFFIX = re.compile(r"\.(jpe?g|png|gif|bmp|webp)$", re.IGNORECASE)  # of an image's name
 
-# References to `count` images, uint8 [n, 256, 256, 3] or jpegs.Jpegs of them, and to their labels
-# int32 [n].
+# References to `count` images, uint8 [n, 256, 256, 3] or Jpegs of them, and to labels int32 [n].
 Batch = namedtuple("Batch", "images labels count")
 
 # An imagenet.DataSet that is being loaded: an imagenet.Loaded for each tar, the reference of a
 # `label_table`, fingerprints of all tars and labels.
 Loading = namedtuple("Loading", "data loaded imagepairs fingerprints")
 
-# Crops of images uint8 [n, 224, 224, 3], labels int32 [n], and where each crop lies in its image: int
-# [n, 3] of (top, left, mirrored).
+# Crops uint8 [n, 224, 224, 3], labels int32 [n], and int [n, 3] of each crop's (top, left, mirrored).
 MiniBatch = namedtuple("MiniBatch", "pixels labels crops")
 
 

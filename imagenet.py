@@ -28,8 +28,8 @@ SECOND_LABEL = re.compile(r"\.\w{3,4} +\d+ *$")  # a number behind .JPEG; names 
 # The tars below a prefix of a source, and the key of their label file; no tars if there is no prefix.
 DataSet = namedtuple("DataSet", "source prefix label_file tars")
 
-# References to what `load_tarfile` makes of one part of a tar, and a function that starts to load the
-# part that begins at a byte. There are no references of a tar that waits.
+# References to what `load_tarfile` makes of one part of a tar, None while the tar waits, and a function
+# that starts to load the part that begins at a byte.
 Loaded = namedtuple("Loaded", "images filenames report more")
 
 

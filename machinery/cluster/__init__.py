@@ -1,4 +1,1 @@
-"""Ray's nodes: which cluster a run is on, tasks and actors there, and what replaces the lost.
-
-Nothing here reads S3 or knows of TensorFlow.
-"""
+"""Ray's nodes, tasks and actors there, and what replaces the lost. No S3 and no TensorFlow is here."""
