@@ -155,10 +155,7 @@ class Momentum:
         return [self.weight_decay if len(v.shape) > 1 else 0 for v in parameters]
 
     def clipped(self, rate, norm):
-        """The rate at which a gradient of this norm makes the step of the shortened one.
-
-        A step of SGD is linear in the gradient. A rule that is not must shorten the gradient itself.
-        """
+        """The rate whose step is that of the shortened gradient: SGD's is linear in the gradient."""
         return rate * self.clip_norm / norm if norm > self.clip_norm else rate
 
     def build(self, parameters, gradients, rate):

@@ -131,10 +131,7 @@ def train(args, start, report, outcome, stop, cluster):
 
 
 def evaluate(args, start, report, outcome, stop, cluster):
-    """What can be done where all iterations are made: a checkpoint's accuracy, and its export.
-
-    Its mean image centres the held-out images, so that no training image is needed. Nothing is saved.
-    """
+    """Where all iterations are made: a checkpoint's accuracy and export, without training images."""
     iteration, wanted = start.iteration, outcome.wanted
     hint = f"this is about iteration {iteration}" if wanted else "--iterations can be more"
     say(f"Nothing to train: {start.place} has iteration {start.reached} already; {hint}")

@@ -1,7 +1,4 @@
-"""What a reader of the story may skip: how a run uses its surroundings, and goes on when they fail.
-
-Nothing here imports the story: what is needed of it is handed in.
-"""
+"""What a reader of the story may skip, and what imports nothing of it: a run in its surroundings."""
 
 import os
 
