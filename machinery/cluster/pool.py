@@ -35,12 +35,19 @@ class Request:
         self.arguments, self.returns = arguments, returns  # returns: how many values
         self.number, self.value, self.results = None, None, []
         self.member, self.deadline = None, None  # after the deadline, it is asked whether it hangs
-        self.crashes, self._lost_since = [], None  # nodes on which workers were lost with it
+        self.crashes = []  # nodes on which workers were lost with it
+
+
+class Patience:
+    """Bears errors of what Ray rebuilds, for as long as a wait may take, from the first one on."""
+
+    def __init__(self):
+        self._end = None
 
     def bear(self, error):
-        """Wait for a moment, since Ray rebuilds what is lost; raise the error if that is in vain."""
-        self._lost_since = self._lost_since or time.monotonic()
-        if time.monotonic() > self._lost_since + limits["wait"]:
+        """Wait for a moment, or raise the error if it is time."""
+        self._end = self._end or time.monotonic() + limits["wait"]
+        if time.monotonic() > self._end:
             raise error
         time.sleep(1)
 
@@ -185,11 +192,12 @@ class Pool(contextlib.AbstractContextManager):
         say(f"{what}: {len(self._up)} of {self.count} go on")
 
     def _lose_dead(self):
-        """Let all workers of dead nodes go."""
-        for node in {member.node for member in self._up.values()}:
+        """Let all workers and helpers of dead nodes go."""
+        for node in {member.node for member in self._up.values()} | self.helpers.nodes():
             if not lives(node):
-                lost = [member for member in self._up.values() if member.node == node]
-                self._lose(lost, f"node {node[:8]} is lost with {len(lost)} workers")
+                self.helpers.let_go(node)
+                if lost := [member for member in self._up.values() if member.node == node]:
+                    self._lose(lost, f"node {node[:8]} is lost with {len(lost)} workers")
 
     def update_weights(self, iteration, weightref):
         """Have every worker load an iteration's weights, which all requests are about from now on."""
@@ -205,7 +213,7 @@ class Pool(contextlib.AbstractContextManager):
         The mean is a list of 16 float32 arrays, all finite; the next call uses them again. Gradients
         that a node took along when it died are computed again.
         """
-        requests = self._requests
+        requests, patience = self._requests, Patience()
         while True:
             try:
                 gradients = [request.results[0] for request in requests]
@@ -218,7 +226,7 @@ class Pool(contextlib.AbstractContextManager):
                 self._requests = []  # their references would keep the gradients in the object store
                 return self._means, norm
             except RayError as error:
-                requests[0].bear(error)
+                patience.bear(error)
                 say(f"gradients are lost ({first_line(error)}): they are computed again")
                 self._lose_dead()
                 self.run(requests)
@@ -302,7 +310,8 @@ class Pool(contextlib.AbstractContextManager):
             if isinstance(cause, InputError):
                 raise
             if isinstance(cause, RayError):  # not the call has failed, but what makes its images
-                request.bear(error)
+                self._patience.bear(error)
+                self._lose_dead()
                 request.drawn.let_go()
             elif self._up.get(member.number) is member:
                 why = first_line(error) if ended else f"no answer in {limits['work']} s"
