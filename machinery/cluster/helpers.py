@@ -48,6 +48,14 @@ class Helpers:
             self._on[node] = self._actor.options(**nodes.on_node(node)).remote()
         return self._on[node]
 
+    def nodes(self):
+        """The nodes that have a helper: all on which data or gradients lie."""
+        return set(self._on)
+
+    def let_go(self, node):
+        """Forget the helper of a node that is dead."""
+        self._on.pop(node, None)
+
     def let_go_hung(self):
         """End helpers that are lost, at work for too long, or do not answer: others start when needed.
 

@@ -70,7 +70,7 @@ class Pool(contextlib.AbstractContextManager):
         self._room = nodes.Room(self._cpus, self._gpus, self.helpers.here, network["precision"])
         self._demand = []  # references of tasks that wait for room
         self.iteration, self._weights = None, None  # of the workers' weights; their reference
-        self._requests = []  # those for gradients
+        self._requests, self._patience = [], Patience()  # those for gradients; with what is lost
         self._means = []  # arrays of the mean gradients
         self._up = {}  # number -> Member
         self._starting = {}  # reference that resolves once the worker is up -> Member
@@ -249,6 +249,7 @@ class Pool(contextlib.AbstractContextManager):
         for number, request in enumerate(requests):
             request.number = number
         left, running = deque(requests), {}  # reference of a last value -> Request
+        self._patience = Patience()
 
         def what():
             awaited = f"{len(running)} workers that compute" if running else "images to be read again"
@@ -323,6 +324,7 @@ class Pool(contextlib.AbstractContextManager):
                 self._count_crash(request, error if cause else ClusterError(why))
             return False
         request.results.pop()
+        self._patience = Patience()
         request.drawn.let_go()  # or a validation's images would all lie in the object store
         self._room.worked(member.node)
         return True

@@ -76,12 +76,14 @@ def run(name, seconds, call, *objects):
 class Waiting:
     """A wait for `what()`: says so every PATIENCE seconds, and looks whether the head is there.
 
-    It calls `stalled` then, too, if nothing has come for as long as an actor may be at work.
+    It calls `stalled` if nothing has come for as long as an actor may be at work, and for n times as
+    long before the n-th call.
     """
 
     def __init__(self, what, stalled=lambda: None):
         self._what, self._stalled = what, stalled
         self._since = self._said = time.monotonic()
+        self._stalls = 1
 
     def some(self, refs):
         """Those of a list of references that are there, after TICK seconds at most; maybe none."""
@@ -96,10 +98,11 @@ class Waiting:
             lacking = lacking_for_tasks()
             if lacking and since > limits["wait"]:
                 raise ClusterError(f"{self._what()}, in vain: {lacking}")
+            self._said = now
             say(f"{self._what()}{late}{lacking and ': '}{lacking}")
-            if since > limits["work"]:
-                self._stalled()
-            self._said = time.monotonic()
+        if not done and now > self._since + self._stalls * limits["work"]:
+            self._stalls += 1
+            self._stalled()
         nodes.places.look(nodes.head.nodes(wait=0))
         return done
 
