@@ -8,7 +8,7 @@ MADE := .venv/made
 # A .venv whose Python has gone is made anew.
 $(shell $(BIN)/python -c '' 2> /dev/null || rm -f $(MADE))
 
-.PHONY: demo test soak lint
+.PHONY: demo test smoke soak lint
 
 # Train on a small data set that it draws itself, served by an S3 server of its own.
 demo: $(MADE)
@@ -16,6 +16,10 @@ demo: $(MADE)
 
 test: $(MADE) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The main job, a worker's death, a resume and staging: whether these versions of all libraries do.
+smoke: $(MADE)
+	$(BIN)/python -m pytest -m smoke
 
 # Five minutes of misfortunes, in an order that a seed decides.
 soak: $(MADE)
@@ -26,8 +30,8 @@ lint: $(MADE)
 	$(BIN)/ruff format --check .
 
 # The file is there once all is installed: what was interrupted is made anew.
-$(MADE): requirements.txt requirements-dev.txt
+$(MADE): requirements.txt requirements-dev.txt constraints.txt
 	$(if $(PYTHON),,$(error $(NEEDED)))
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $(MADE)

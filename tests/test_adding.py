@@ -36,6 +36,7 @@ def test_the_mean_is_of_a_sum_in_a_fixed_order(count):
     assert_equal(got, [total * np.float32(1 / count) for total in two_by_two(sets)])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", [np.float32, bfloat16])
 def test_the_mean_has_each_variables_decay(kind):
     """Of float32 or of bfloat16's bits, and to the same bits if the gradients were added before."""

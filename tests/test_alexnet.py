@@ -164,6 +164,7 @@ def test_apply_makes_the_step_of_the_shortened_gradient():
 # ---- weights
 
 
+@pytest.mark.smoke
 def test_bfloat16_weights_travel_as_their_bits():
     """Rounded once, and then the same in every network and as float32."""
     local, worker = thin_network(), alexnet.AlexNet(THIN, num_classes=10, precision="bfloat16")
@@ -178,6 +179,7 @@ def test_bfloat16_weights_travel_as_their_bits():
         assert adding.as_float32(weight) is weight
 
 
+@pytest.mark.smoke
 def test_bfloat16_is_near_float32_and_not_the_same():
     local, (images, y_true) = thin_network(), random_input(20)
     results = []

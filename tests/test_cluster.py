@@ -16,7 +16,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-PINNED = re.search(r"^ray\[default\]==(.+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
+PINNED = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
 
 
 def test_cluster_yaml_is_of_rays_schema_and_of_the_same_ray():

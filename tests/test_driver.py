@@ -132,6 +132,7 @@ def finished(one_ray, photos, tmp_path_factory):
     return out.getvalue(), folder
 
 
+@pytest.mark.smoke
 def test_the_whole_story(finished):
     out, folder = finished
     assert "s3://photos/ILSVRC2012_img_train/n015*: 10 tars, 0 other keys left out" in out
@@ -209,6 +210,7 @@ def test_curves_have_what_is_printed(finished):
     assert points["epoch", 2] == pytest.approx(2 / 12)
 
 
+@pytest.mark.smoke
 def test_exported_network_gives_the_sessions_probabilities(finished, held_out, session):
     exported = tensorflow.saved_model.load(str(finished[1] / "network")).signatures["serving_default"]
     got = exported(tf.constant(held_out[0][:50]))["probabilities"].numpy()

@@ -124,6 +124,28 @@ def test_data_larger_than_the_object_stores_spills_and_a_full_disk_is_one_clear_
     assert_clean(on_a_full_disk.output())
 
 
+# ---- workers and the driver
+
+
+@pytest.mark.smoke
+def test_worker_dies_and_is_back_then_the_driver_dies(
+    thin, one_ray, photos, undisturbed, tmp_path, monkeypatch, capsys
+):
+    pauses = [(3, "broadcast"), "worker 0 is back", "worker 1 is back"]
+    settings = ["CHECKPOINT_EVERY=1", f"PAUSES={pauses}", f"NOTES='{tmp_path}'"]
+    with train_elsewhere(photos, tmp_path / "saved", one_ray, *settings) as run:
+        with run.paused(3, "broadcast"):
+            workers_of(os.getpid())[0].kill()
+        run.wait_for("Paused after worker")
+        run.kill()
+    assert re.search(r"^worker \d is lost \(.*\): 1 of 2 go on$", run.output(), re.M)
+    assert_clean(run.output())
+    monkeypatch.setattr(thin, "NUM_WORKERS", 1)  # which computes both mini-batches
+    assert train_here(photos, tmp_path / "saved", actor=noting_worker(tmp_path)) == 0
+    assert re.search(r"^Resumed from .* at iteration \d+$", capsys.readouterr().out, re.M)
+    assert checksums(tmp_path / "saved") == undisturbed
+
+
 # ---- the cluster's head
 
 

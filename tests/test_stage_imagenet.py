@@ -316,6 +316,7 @@ def test_ground_truth_of_each_validation_image(tars):
     assert ilsvrc2012.ground_truth([tars]) == dict(zip(VAL_NAMES, VAL_WNIDS, strict=True))
 
 
+@pytest.mark.smoke
 def test_driver_reads_what_is_put(s3, bucket, one_ray, tars, train, capsys):
     assert run(tars, f"s3://{bucket}/a b/p") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (

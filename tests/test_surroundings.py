@@ -29,7 +29,8 @@ def make(tmp_path):
     for name in "make", "sh", "touch", "rm":
         (programs / name).symlink_to(shutil.which(name))
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "requirements.txt").touch()
+    for name in "requirements.txt", "constraints.txt":
+        (tmp_path / name).touch()
     (tmp_path / "requirements-dev.txt").write_text("-r missing.txt")
     (tmp_path / "demo.py").write_text("import sys; print('Demo of', sys.prefix)")
 

@@ -4,7 +4,9 @@ This is the only file that uses private names of Ray.
 """
 
 import contextlib
+import json
 import os
+import platform
 import re
 import secrets
 import socket
@@ -21,7 +23,9 @@ from ray._private.utils import read_ray_address
 
 # A question to a head with a limit of time; ray.init tries for 14 minutes.
 from ray._raylet import GcsClient
-from ray.exceptions import AuthenticationError
+
+# Ray has tokens from version 2.52 on.
+AuthenticationError = getattr(ray.exceptions, "AuthenticationError", ())
 
 
 class Cluster(contextlib.ExitStack):
@@ -70,7 +74,8 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
             what = "Ray does not start here" if own else joined
             hint = "; in TMPDIR, name a folder with a short path that can be written"
             hint = hint if own and isinstance(error, OSError) else ""
-            raise ClusterError(f"{what}: {one_line(error)[:300]}{hint}") from error
+            why = "" if own else _other_versions(address)
+            raise ClusterError(f"{what}: {why or one_line(error)[:300]}{hint}") from error
     cluster = Cluster(actor, can_grow=not own)
     cluster.callback(ray.shutdown)
     return cluster
@@ -90,7 +95,8 @@ def find_address():
             hint = "name the cluster's own address, HOST:6379 (http:// is for `ray job submit` alone)"
             raise ClusterError(f"RAY_ADDRESS={one_line(named)}: {hint}")
         if not _answers(named):
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={named}: check it")
+            hint = f"check it, and that Ray {ray.__version__} runs there"  # another one may not answer
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={named}: {hint}")
         return named
     started = read_ray_address()  # `ray start` writes it down, and `ray.init` does not
     if started and _answers(started):
@@ -129,6 +135,19 @@ def _answers(address):
         hint = "export RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token"
         raise ClusterError(f"the Ray cluster at {address} refuses this run: {hint}")
     return not all(isinstance(answer, Exception) for answer in answers)
+
+
+def _other_versions(address):
+    """What to say of a cluster that has another Ray or Python than this process has; empty if none."""
+    with contextlib.suppress(Exception), _silent_core():  # the head may be gone
+        key = {"key": b"CLUSTER_METADATA", "namespace": b"cluster", "timeout": nodes.ANSWER}
+        cluster = json.loads(GcsClient(address=address).internal_kv_get(**key))
+        there = f"Ray {cluster['ray_version']} and Python {cluster['python_version']}"
+        here = f"Ray {ray.__version__} and Python {platform.python_version()}"
+        if there != here:
+            hint = "run driver.py with those of the cluster, or as a job there (`ray job submit`)"
+            return f"it has {there}, and this program {here}: {hint}"
+    return ""
 
 
 @contextlib.contextmanager
