@@ -70,7 +70,7 @@ def list_tars(source, prefix):
 def estimate_images(source, tars):
     """About how many images some tars hold, from the sizes of all and the head of the first."""
     total = sum(tar.size for tar in tars)
-    with contextlib.closing(source.open(tars[0], piece=HEAD, ahead=0)) as file:
+    with contextlib.closing(source.open(tars[0])) as file:
         head = file.read(HEAD)
     members = [member for _, member in walk(io.BytesIO(head), 0, len(head)) if member]
     ends = [member.offset_data + member.size for member in members if member.isreg()]

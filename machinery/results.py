@@ -12,7 +12,7 @@ from machinery.errors import InputError, NotSaved, say
 from machinery.storage import terminal
 from machinery.storage.checkpoints import Checkpoints
 from machinery.storage.export import SavedModel
-from machinery.storage.places import LocalFolder, checked_place, write_errors
+from machinery.storage.places import open_place, write_errors
 from machinery.storage.tf1 import tf
 
 import numpy as np
@@ -33,7 +33,8 @@ class Report:
     """
 
     def __init__(self):
-        self.curves, self.lost_curves, self._lost_lines = None, False, 0
+        # The folder of learning curves, TensorBoard's event files, if they are wanted.
+        self.curves, self._writer, self.lost_curves, self._lost_lines = None, None, False, 0
         self._seconds, self._since = {}, 0  # of each phase of this iteration; when the last one ended
         self._last, self._epoch, self._bar = math.inf, None, None
         self._recent = deque(maxlen=RECENT)  # (seconds, loss) of iterations
@@ -43,36 +44,24 @@ class Report:
         """While this lasts, `say` gets each line of the logger "driver", from whatever module."""
         logger, handler = logging.getLogger("driver"), logging.Handler()
         handler.emit = lambda record: self.say(record.getMessage())
-        level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
         try:
             yield
         finally:
             logger.removeHandler(handler)
-            logger.setLevel(level)
 
     def say(self, line):
-        """Print a line; one that standard output does not take is lost, and a later line says so.
-
-        BrokenPipeError if nobody reads any more.
-        """
+        """Print a line; one that standard output does not take is lost, and a later line says so."""
         if self._lost_lines:  # below half a line, maybe
             line = f"\n{self._lost_lines} lines are lost: standard output could not be written\n{line}"
         try:
             terminal.say(line)
             self._lost_lines = 0
-        except BrokenPipeError:
+        except BrokenPipeError:  # nobody reads any more
             raise
         except OSError:
             self._lost_lines += 1
-
-    def draw(self, folder):
-        """Draw learning curves, too: TensorBoard's event files. InputError if that is impossible."""
-        if folder:
-            self.curves = checked_place("--log-dir", folder, remote=False)
-            with write_errors("--log-dir", folder):
-                self._open_curves()
 
     def plan(self, last, epoch):
         """The run is to end at iteration `last`, or inf; an epoch has `epoch` iterations, or None."""
@@ -143,32 +132,28 @@ class Report:
         self._write(iteration, summary=tf.Summary(value=values))
 
     def _write(self, iteration, **content):
-        """Write an event to the disk at once. TensorFlow's own writer ends its thread at an error.
+        """Write an event to the disk at once; after an error to another file. TensorBoard reads both.
 
-        After one, the next event opens another file: TensorBoard reads both.
+        TensorFlow's own writer ends its thread at an error.
         """
         if not self.curves:
             return
         event = tf.Event(wall_time=time.time(), step=iteration, **content)
         try:
-            with write_errors("--log-dir", self.curves):
-                if not (self._curves and self._file.exists()):
-                    self._open_curves()
-                self._curves.write(event.SerializeToString())
-                self._curves.flush()
+            with write_errors("--log-dir", self.curves.place):
+                if not (self._writer and self._file.exists()):
+                    self.curves.check()
+                    self._file = self.curves.path / f"events.out.tfevents.{time.time_ns()}"
+                    self._writer = tf.python_io.TFRecordWriter(str(self._file))
+                    version = tf.Event(wall_time=time.time(), file_version="brain.Event:2")
+                    self._writer.write(version.SerializeToString())
+                self._writer.write(event.SerializeToString())
+                self._writer.flush()
         except InputError as error:
-            self._curves = None
+            self._writer = None
             if not self.lost_curves:
                 self.say(f"{error}: curves are lost while that lasts, training goes on")
             self.lost_curves = True
-
-    def _open_curves(self):
-        self._curves, folder = None, LocalFolder(self.curves)
-        folder.check()
-        self._file = folder.path / f"events.out.tfevents.{time.time_ns()}"
-        self._curves = tf.python_io.TFRecordWriter(str(self._file))
-        version = tf.Event(wall_time=time.time(), file_version="brain.Event:2")
-        self._curves.write(version.SerializeToString())
 
 
 class Outcome:
@@ -182,7 +167,8 @@ class Outcome:
         self._args, self._report, self._stop = args, report, stop
         self._checkpoints, self._model = Checkpoints(args.checkpoint_dir), SavedModel(args.export_dir)
         self._network, self._facts, self._mean, self._saved = None, None, None, time.monotonic()
-        report.draw(args.log_dir)
+        self._best = 0, 0  # top-1 and iteration of the best validation of this run
+        report.curves = open_place("--log-dir", args.log_dir, remote=False)
         if not args.checkpoint_dir and not args.export_dir:
             missing = "there is no --checkpoint-dir and no --export-dir"
             say(f"The trained weights end with this run: {missing}")
@@ -193,7 +179,7 @@ class Outcome:
         return self._checkpoints.start(self._args.iterations, wanted)
 
     def begin(self, network, mean, facts=None):
-        """There are weights from here on: of an AlexNet whose images are centred by a mean image.
+        """An AlexNet has weights from here on, for images that are centred by a mean image.
 
         `facts` become part of the run's checkpoints; without them, nothing is trained or saved.
         """
@@ -221,7 +207,8 @@ class Outcome:
         if self._facts:
             facts = dataclasses.replace(self._facts, validated=iteration)
             self._checkpoints.save(self._network, facts, self._mean, float(top1))
-            self._facts = facts  # not before: a signal may come while the save waits for another one
+            # Not before: a signal may come while the save waits for another one.
+            self._facts, self._best = facts, max(self._best, (top1, iteration))
 
     def needs_validation(self, iteration, every):
         """Whether it is time for a validation, which has not been before the run was resumed."""
@@ -241,10 +228,7 @@ class Outcome:
             raise NotSaved(f"not saved: {', '.join(missing)}")
 
     def _finish(self, failed):
-        """Save and export the newest weights, and say what there is; what is missing.
-
-        A run that has `failed` exports only where nothing has been exported before.
-        """
+        """Save and export the newest weights, and say what there is; what is missing."""
         self._report.close()
         with contextlib.closing(self._checkpoints) as checkpoints:
             if not self._network:
@@ -253,25 +237,23 @@ class Outcome:
             checkpoints.wait()
         iteration, kept, missing = self._network.iteration, [], []
         if place := checkpoints.place:
+            number, top1 = checkpoints.best or (0, 0)
             if checkpoints.saved:
-                best = checkpoints.best
-                at = f" (best: top-1 {best[1]:.1%} at iteration {best[0]})" if best else ""
-                kept.append(f"checkpoints in {place}{at}")
+                best = f" (best: top-1 {top1:.1%} at iteration {number})" if number else ""
+                kept.append(f"checkpoints in {place}{best}")
             if checkpoints.saved != iteration:
                 missing.append(f"the iterations after {checkpoints.saved}")
-            if lost := checkpoints.lost_best:
-                missing.append(f"the best: top-1 {lost[1]:.1%} at iteration {lost[0]}")
+            if self._best[0] > top1:
+                missing.append(f"the best: top-1 {self._best[0]:.1%} at iteration {self._best[1]}")
         if self._model.place and iteration:
             try:
-                if failed and self._model.exists():
-                    raise InputError(f"{self._model.place} keeps that of an earlier run")
-                self._model.write(self._network, self._mean)
+                self._model.write(self._network, self._mean, keep=failed)
                 kept.append(f"network in {self._model.place}")
             except InputError as error:
                 say(f"The network is not exported: {error}")
                 missing.append(f"network in {self._model.place}")
         if curves := self._report.curves:
-            (missing if self._report.lost_curves else kept).append(f"curves in {curves}")
+            (missing if self._report.lost_curves else kept).append(f"curves in {curves.place}")
         lost = f"; not saved: {', '.join(missing)}" if missing else ""
         where = "in the middle of a step" if iteration is None else f"at iteration {iteration}"
         say(f"Stopped {where}: {', '.join(kept) or 'nothing is saved'}{lost}")

@@ -1,13 +1,16 @@
 """The network, its session and the checkpoints."""
 
+import argparse
+import contextlib
 import dataclasses
 import json
 
 import alexnet
+from machinery import ending, results
 from machinery.cluster import adding
-from machinery.errors import InputError
+from machinery.errors import InputError, NotSaved
 from machinery.storage.checkpoints import Checkpoints, Facts, Start
-from tests.support import THIN
+from tests.support import THIN, wait_until
 
 import numpy as np
 import pytest
@@ -312,20 +315,31 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_three(place, said):
     assert newest.facts.best is None and len(said()) == 1
 
 
-def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(tmp_path, said):
+@pytest.mark.parametrize("last, lost", [(0.3, ["the best: top-1 50.0% at iteration 2"]), (0.6, [])])
+def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(
+    tmp_path, said, last, lost
+):
     there, away, network = tmp_path / "there", tmp_path / "away", thin_network()
-    checkpoints = Checkpoints(str(there))
-    save(checkpoints, 1, network, 0.1)
+    args = argparse.Namespace(checkpoint_dir=str(there), export_dir=None, log_dir=None, iterations=9)
+    outcome = results.Outcome(args, results.Report(), ending.Stop())
+    outcome.begin(network, MEAN, Facts(mini_batches=2, precision="float32"))
+    network.iteration = 1
+    outcome.validation(0.1, 1)
+    wait_until((there / "checkpoint").exists)
     there.rename(away)
     there.write_text("a file in its place")
-    save(checkpoints, 2, network, 0.5)
+    network.iteration = 2
+    outcome.validation(0.5, 1)
     there.unlink()
     away.rename(there)
-    save(checkpoints, 3, network, 0.3)
-    assert (checkpoints.best, checkpoints.lost_best) == ([3, 0.3], [2, 0.5])
-    save(checkpoints, 4, network, 0.6)
-    assert (checkpoints.best, checkpoints.lost_best) == ([4, 0.6], None)
-    assert len(said()) == 1
+    network.iteration = 3
+    outcome.validation(last, 1)
+    with pytest.raises(NotSaved) if lost else contextlib.nullcontext(), outcome:
+        pass
+    failed, end = said()
+    assert failed.startswith("The checkpoint of iteration 2 is not saved: ")
+    kept = f"checkpoints in {there} (best: top-1 {last:.1%} at iteration 3)"
+    assert end == "; not saved: ".join([f"Stopped at iteration 3: {kept}", *lost])
 
 
 def test_old_checkpoints_that_s3_does_not_delete_do_not_spoil_a_save(proxy, bucket, said):
@@ -336,7 +350,7 @@ def test_old_checkpoints_that_s3_does_not_delete_do_not_spoil_a_save(proxy, buck
         save(checkpoints, iteration, network, iteration / 10)
     proxy.always.clear()
     assert Checkpoints(place).start().facts.best == [5, 0.5]
-    assert (checkpoints.saved, checkpoints.best, checkpoints.lost_best) == (5, [5, 0.5], None)
+    assert (checkpoints.saved, checkpoints.best) == (5, [5, 0.5])
     assert len(said()) == 2 and all("than that of iteration" in line for line in said())
 
 

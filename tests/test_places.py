@@ -49,10 +49,13 @@ def test_kinds_that_are_not_supported(one_ray, tmp_path, monkeypatch, capsys, fl
     assert not list(tmp_path.iterdir())
 
 
-def test_spellings_that_are_understood(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/x")
-    for place, meant in ("S3://b/x", "s3://b/x"), ("~/ck", "/home/x/ck"), ("a:b", "a:b"), (None, None):
-        assert places.checked_place("--export-dir", place) == meant
+def test_spellings_that_are_understood(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    s3 = f"S3://{bucket}/x", f"s3://{bucket}/x"
+    for place, meant in s3, ("~/ck", f"{tmp_path}/ck"), ("a:b", "a:b"):
+        assert places.open_place("--export-dir", place).place == meant
+    assert {path.name for path in tmp_path.iterdir()} == {"ck", "a:b"}
 
 
 def test_folders_that_a_ray_job_throws_away(tmp_path, monkeypatch):
@@ -61,8 +64,9 @@ def test_folders_that_a_ray_job_throws_away(tmp_path, monkeypatch):
     monkeypatch.chdir(copy)
     for place in ("saved", "./saved", str(copy / "saved")):
         with pytest.raises(InputError, match="a copy|job's copy of its working directory"):
-            places.checked_place("--checkpoint-dir", place)
-    assert places.checked_place("--checkpoint-dir", str(tmp_path)) == str(tmp_path)
+            places.open_place("--checkpoint-dir", place)
+    assert not list(copy.iterdir())
+    assert places.open_place("--checkpoint-dir", str(tmp_path)).place == str(tmp_path)
 
 
 # ---- S3-compatible stores
@@ -184,19 +188,6 @@ def test_a_model_of_another_program_is_not_replaced(s3, bucket, tmp_path, remote
     assert (tmp_path / "model" / "saved_model.pb").read_bytes() == data
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_exports_of_before_there_was_a_mark_are_replaced(network, s3, bucket, tmp_path, remote):
-    place = f"s3://{bucket}/x" if remote else str(tmp_path)
-    SavedModel(place).write(network, MEAN)
-    if remote:
-        s3.delete_object(Bucket=bucket, Key="x/exported-by-driver")
-    else:
-        (tmp_path / "exported-by-driver").unlink()
-    model = SavedModel(place)
-    assert model.exists()
-    model.write(network, MEAN)
-
-
 # ---- exports
 
 
@@ -228,6 +219,7 @@ def test_an_export_that_was_killed_is_made_anew(network, tmp_path):
     with pytest.raises(InputError, match="variables there is another program's"):
         SavedModel(str(place))
     assert {path.name for path in place.iterdir()} == {"variables", "notes.txt"}  # it stays as it is
+    (place / "exported-by-driver").touch()
     (place / ".export-1").mkdir()
     SavedModel(str(place)).write(network, MEAN)
     assert (place / "saved_model.pb").exists() and (place / "notes.txt").exists()

@@ -1,4 +1,1 @@
-"""What a run reads and writes: S3, folders, tars, images, checkpoints, the terminal.
-
-Nothing here knows of Ray.
-"""
+"""What a run reads and writes: S3, folders, tars, images, checkpoints, the terminal. No Ray is here."""

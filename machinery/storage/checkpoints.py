@@ -1,14 +1,14 @@
 """Checkpoints, from which a run resumes: the state of its network, and the facts about the run."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 from machinery.errors import InputError, one_line, say
-from machinery.storage.places import as_they_end, open_place, write_errors
+from machinery.storage.places import open_place, write_errors
 from machinery.storage.tf1 import tf
 
 FLAG = "--checkpoint-dir"
@@ -85,38 +85,29 @@ class Start:
 class Checkpoints:
     """Checkpoints in TensorFlow's own format, which `tf.train` reads: the newest three, and the best.
 
-    A checkpoint is the state of an AlexNet, the mean image, and a run's Facts. TensorFlow writes it
-    under names that nobody reads and renames them, the index last. If `place` is in S3, a thread puts
-    it there in the same order, and the file `checkpoint`, which names it, last.
+    A checkpoint is the state of an AlexNet, the mean image, and a run's Facts. Its index is written
+    last, and in S3, where a thread puts it, the file `checkpoint`, which names it, after that.
     """
 
     def __init__(self, place):
         """Open a folder or `s3://bucket/prefix`; InputError if it cannot be written, or is in use."""
-        ours = r"ckpt-\d+\..*|checkpoint"
-        self._folder = open_place(FLAG, place, mark=r"checkpoint\.(lock|owner)", ours=ours)
+        mark, ours = r"checkpoint\.(lock|owner)", r"ckpt-\d+\..*|checkpoint"
+        self._folder = open_place(FLAG, place, mark, ours)
         self.place = self._folder and self._folder.place
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
-        self._tried_best = None  # those of the best one that was tried to be saved
-        self._damaged = set()  # iterations of checkpoints, which are left alone
-        self._putter, self._putting = ThreadPoolExecutor(1), set()
+        self._putter, self._putting = concurrent.futures.ThreadPoolExecutor(1), set()
         if place:
             with write_errors(FLAG, place):
                 self._folder.lock(FLAG, STATE)
                 for of_a_killed_save in self._folder.path.glob("ckpt-*.tempstate*"):
                     of_a_killed_save.unlink()
 
-    @property
-    def lost_best(self):
-        """Iteration and top-1 of a better one than `best`, whose save has failed; None without one."""
-        tried, best = self._tried_best, self.best
-        return tried if tried and not (best and best[1] >= tried[1]) else None
-
     def claim(self, facts):
         """The place is this run's from here on."""
         self.best = facts.best
         if self.place:
-            self._folder.claim()
+            self._folder.claim(anew=True)
 
     def close(self):
         """Leave the place to others."""
@@ -131,32 +122,26 @@ class Checkpoints:
     def start(self, iterations=math.inf, wanted=False):
         """The Start of a run up to so many iterations: the newest intact checkpoint, or iteration 0.
 
-        If there is a checkpoint of that iteration or a later one, and one is `wanted`, to be evaluated
-        or exported, then this is the newest intact one that is not later than `iterations`. Says which
-        ones are damaged; InputError if there are none but damaged ones.
+        If one is `wanted`, to be evaluated or exported, and all iterations are made, then this is the
+        newest intact one up to there. InputError if there are none but damaged ones, which are named.
         """
         there = self._iterations() if self.place else []
         reached = max(there, default=0)
         whole = wanted and reached >= iterations
         usable = [iteration for iteration in there if iteration <= iterations or not whole]
         for iteration in reversed(usable):
+            for file in _files(iteration):
+                self._folder.download(file)
             try:
-                for file in _files(iteration):
-                    self._folder.download(file)
                 reader = tf.train.load_checkpoint(str(self._folder.path / f"ckpt-{iteration}"))
                 # Reading a tensor verifies its checksum.
                 state = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
                 facts, mean = Facts(**json.loads(state.pop("facts"))), state.pop("mean")
-            except InputError:
-                raise
             except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
-                why = one_line(error)[:120]
-                say(f"{self.place}: ckpt-{iteration} is damaged and left out: {why}")
-                self._damaged.add(iteration)
+                say(f"{self.place}: ckpt-{iteration} is damaged and left out: {one_line(error)[:120]}")
             else:
                 self.saved = self._newest = iteration
-                trained = whole or iteration >= iterations
-                return Start(self.place, facts, state, mean, reached, trained)
+                return Start(self.place, facts, state, mean, reached, whole or iteration >= iterations)
         if usable != there:
             none = f"no intact checkpoint up to iteration {iterations} is kept"
             raise InputError(f"{self.place}: {none}; there are {', '.join(map(str, there))}")
@@ -165,11 +150,10 @@ class Checkpoints:
         return Start(self.place)
 
     def save(self, network, facts, mean, top1=None):
-        """Write a checkpoint of a network; if it goes to S3, wait only for the one before it.
+        """Write a checkpoint of a network; a save that fails is said, no more.
 
         With the top-1 accuracy of its weights, it is written only if that is the best so far, and not
-        there yet. Without it, an iteration that has been tried is not tried again. A save that fails is
-        said, no more.
+        there yet. Without it, an iteration that has been tried is not tried again.
         """
         iteration = network.iteration
         if not self.place or (top1 is None and iteration == self._newest):
@@ -189,12 +173,13 @@ class Checkpoints:
             network.save(str(self._folder.path / f"ckpt-{iteration}"), text, mean)
             self._putting = {self._putter.submit(self._put, iteration, best)}
         self._newest = iteration
-        if top1 is not None:
-            self._tried_best = max(best, self._tried_best or best, key=lambda tried: tried[1])
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
-        for putting in as_they_end(self._putting):
+        # A signal that comes just before a wait without an end is heard only after it.
+        while concurrent.futures.wait(self._putting, timeout=1).not_done:
+            pass
+        for putting in self._putting:
             putting.result()
 
     @contextlib.contextmanager
@@ -209,10 +194,9 @@ class Checkpoints:
     def _put(self, iteration, best):
         """Put a checkpoint that is written where it belongs, and delete older ones."""
         with self._or_say(f"The checkpoint of iteration {iteration} is not saved"):
-            self._folder.check_claim()
-            self._damaged.discard(iteration)
-            others = {*self._iterations()} - {iteration} - self._damaged
-            there = [*sorted(others), iteration]
+            self._folder.claim()
+            # Later ones are damaged, as the run has begun at the newest intact one. They stay there.
+            there = [*(older for older in self._iterations() if older < iteration), iteration]
             kept = {*there[-3:], *(best[:1] if best else [])}
             names = [f"ckpt-{each}" for each in there if each in kept]
             tf.train.update_checkpoint_state(str(self._folder.path), f"ckpt-{iteration}", names)

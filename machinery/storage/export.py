@@ -1,14 +1,11 @@
 """The trained network for use elsewhere, in a folder or `s3://bucket/prefix`."""
 
-import contextlib
 import shutil
 import tempfile
 from pathlib import Path
 
+from machinery.errors import InputError
 from machinery.storage.places import open_place, write_errors
-
-from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf.saved_model_pb2 import SavedModel as Proto
 
 FLAG = "--export-dir"
 MODEL = "saved_model.pb"  # an exported network is there once this file is
@@ -21,25 +18,22 @@ class SavedModel:
 
     def __init__(self, place):
         """Name where it goes; InputError if that cannot be written or holds another program's model."""
-        options = {"mark": rf"{MARK}|{SCRATCH}.*", "ours": f"{MODEL}|variables.*|fingerprint.pb"}
-        self._folder = open_place(FLAG, place, **options, unmarked=_is_export)
+        self._folder = open_place(FLAG, place, MARK, f"{MODEL}|variables.*|fingerprint.pb")
         self.place = self._folder and self._folder.place
         for killed in self._folder.path.glob(f"{SCRATCH}*") if place else ():
             shutil.rmtree(killed, ignore_errors=True)
 
-    def exists(self):
-        """Whether there is an export already."""
-        return MODEL in self._folder.names(MODEL)
-
-    def write(self, network, mean):
+    def write(self, network, mean, keep=False):
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
 
-        An older export is replaced: its saved_model.pb goes first, and the new one comes last, so that
-        nobody loads one model's graph with another's weights. A folder stays the same one, since it can
-        be a mount point.
+        InputError if that fails, or it is to `keep` an older export. The old saved_model.pb goes first,
+        and the new one comes last, so that nobody loads one model's graph with another's weights. A
+        folder stays the same one: it can be a mount point.
         """
         folder = self._folder.path
         with write_errors(FLAG, self.place):
+            if keep and MODEL in self._folder.names():
+                raise InputError(f"{self.place} keeps that of an earlier run")
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
                 new = Path(scratch) / "new"
@@ -54,15 +48,3 @@ class SavedModel:
                     entry.rename(there)
                     for file in sorted(there.rglob("*")) if there.is_dir() else [there]:
                         self._folder.upload(file.relative_to(folder).as_posix())
-
-
-def _is_export(folder):
-    """Whether a model without a mark is one that this program has exported before it had marks."""
-    if MODEL not in folder.names(MODEL):
-        return False
-    folder.download(MODEL)
-    model = Proto()
-    with contextlib.suppress(DecodeError):
-        model.ParseFromString((folder.path / MODEL).read_bytes())
-    signatures = [graph.signature_def["serving_default"] for graph in model.meta_graphs]
-    return [([*s.inputs], [*s.outputs]) for s in signatures] == [(["images"], ["probabilities"])]

@@ -35,8 +35,8 @@ class Folder(str):
             found = (key for key in keys if key.startswith(prefix) and Path(self, key).is_file())
             return sorted(_tar(key, Path(self, key).stat()) for key in found)
 
-    def open(self, tar, **_):
-        """A Tar as a file, without options; InputError if it is unreadable, or not as it was listed."""
+    def open(self, tar):
+        """A Tar as a file; InputError if it is unreadable, or not as it was listed."""
         with _errors(path := Path(self, tar.key)):
             file = _File(path)
         file.tar = tar

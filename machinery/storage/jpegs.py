@@ -12,12 +12,7 @@ class Jpegs:
     def __init__(self, jpegs, size):
         self._data = np.concatenate([np.frombuffer(jpeg, np.uint8) for jpeg in [b"", *jpegs]])
         self._ends = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=int)
-        self._size = tuple(size)
-
-    @property
-    def shape(self):
-        """(n, height, width, 3)."""
-        return (len(self), *self._size, 3)
+        self.shape = (len(jpegs), *size, 3)
 
     def __len__(self):
         return len(self._ends)

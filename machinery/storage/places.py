@@ -1,67 +1,44 @@
-"""The places that results go to: a folder, or `s3://bucket/prefix`.
-
-They are tried at the start of a run, the way that they will be used.
-"""
+"""The places that results go to: a folder, or `s3://bucket/prefix`, tried at the start of a run."""
 
 import contextlib
 import fcntl
 import re
 import tempfile
 import uuid
-from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 from machinery.errors import InputError, one_line, say
 from machinery.storage.s3 import PATIENT, data_client, read_object, s3_errors
 from machinery.storage.tf1 import tf
 
-from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-# One plain put for a file of up to 4 GB: not every S3-compatible store knows uploads in parts.
-PLAIN_PUTS = TransferConfig(multipart_threshold=4 * 2**30)
 
-
-def open_place(flag, place, mark, ours, unmarked=lambda folder: False):
-    """The folder that a flag names, tried as it will be used; None stays None.
+def open_place(flag, place, mark="", ours="", remote=True):
+    """The folder that a flag names, tried as it will be used; None stays None, ~ is the home folder.
 
     `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
-    beside them. InputError if it cannot be written, or if such names are there without a mark, unless
-    `unmarked` says of the folder that they are this program's all the same.
-    """
-    place = checked_place(flag, place)
-    if place is None:
-        return None
-    folder = (S3Folder if place.startswith("s3://") else LocalFolder)(place)
-    with write_errors(flag, place):
-        folder.check()
-        names = folder.names()
-        there = [name for name in names if re.fullmatch(ours, name)]
-        marked = any(re.fullmatch(mark, name) for name in names)
-        if there and not marked and not unmarked(folder):
-            why = f"{one_line(there[0])} there is another program's"
-            raise InputError(f"{flag} {place}: {why}; name another place")
-    return folder
-
-
-def checked_place(flag, place, remote=True):
-    """A place as a flag names it, with ~ as the home folder; None stays None.
-
-    InputError if it is of a kind that is not supported (S3 is only if `remote`), or would be lost.
+    beside them. InputError if the place is of a kind that is not supported (S3 is only if `remote`),
+    would be lost, cannot be written, or has such names without a mark.
     """
     if place is None:
         return None
     kinds = "name a folder or s3://bucket/prefix" if remote else "name a local folder"
-    if remote and re.match("[sS]3://[^/]", place):
-        return f"s3{place[2:]}"
-    if not place or re.match("[A-Za-z][A-Za-z0-9+.-]*:/", place):
+    in_s3 = remote and re.match("[sS]3://[^/]", place)
+    if not place or (not in_s3 and re.match("[A-Za-z][A-Za-z0-9+.-]*:/", place)):
         raise InputError(f"{flag} {place}: {kinds}")
     with write_errors(flag, place):
-        folder = Path(place).expanduser()
-        if "working_dir_files" in folder.resolve().parts:
+        folder = S3Folder(f"s3{place[2:]}") if in_s3 else LocalFolder(place)
+        if not in_s3 and "working_dir_files" in folder.path.parts:
             lost = "lies in the job's copy of its working directory, which Ray throws away"
             raise InputError(f"{flag} {place}: {lost}; {kinds}, by its absolute path")
-    return str(folder)
+        folder.check()
+        names = folder.names()
+        there = [name for name in names if re.fullmatch(ours, name)]
+        if there and not any(re.fullmatch(mark, name) for name in names):
+            why = f"{one_line(there[0])} there is another program's"
+            raise InputError(f"{flag} {place}: {why}; name another place")
+    return folder
 
 
 @contextlib.contextmanager
@@ -78,22 +55,12 @@ def write_errors(flag, place):
         raise InputError(f"{flag} {place}: {said[0].rpartition('; ')[2][:200]}") from error
 
 
-def as_they_end(jobs):
-    """Yield each of a set of futures once it has ended.
-
-    A signal that comes just before a wait without an end, as in `as_completed`, is heard only after it.
-    """
-    while jobs:
-        ended, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
-        yield from ended
-
-
 class LocalFolder:
     """A folder on a disk of this machine. Files are written to `path`, where they stay."""
 
     def __init__(self, place):
-        """Name the folder; nothing is there yet."""
-        self.place, self.path = place, Path(place).resolve()
+        folder = Path(place).expanduser()
+        self.place, self.path = str(folder), folder.resolve()
 
     def check(self):
         """Make the folder, and try to write there."""
@@ -101,9 +68,9 @@ class LocalFolder:
         with tempfile.TemporaryFile(dir=self.path) as file:
             file.write(b"a")
 
-    def names(self, start=""):
-        """Names of the files and folders, or of those whose name starts so."""
-        return [path.name for path in self.path.iterdir() if path.name.startswith(start)]
+    def names(self):
+        """Names of the files and folders."""
+        return [path.name for path in self.path.iterdir()]
 
     def lock(self, flag, mark):
         """Make the folder this run's, by a lock on a file that ends with the process."""
@@ -115,10 +82,10 @@ class LocalFolder:
         except OSError as error:
             say(f"{self.place} has no locks ({error.strerror}): a second run here goes unnoticed")
 
-    def upload(self, name=None):
+    def upload(self, name=None, anew=None):
         """A file is there once it is written, and the folder is this run's once it is locked."""
 
-    download = claim = check_claim = upload
+    download = claim = upload
 
     def delete(self, name):
         """Delete a file."""
@@ -130,13 +97,9 @@ class LocalFolder:
 
 
 class S3Folder:
-    """A folder in S3, `s3://bucket/prefix`, of files that go up from, and come down to, `path`.
-
-    Every method raises InputError where S3 does not do it.
-    """
+    """A folder in S3, whose files go up from and come down to `path`; InputError if S3 refuses it."""
 
     def __init__(self, place):
-        """Name the folder; nothing is asked of S3 yet."""
         self.place = place
         self.bucket, _, prefix = place.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
@@ -169,35 +132,31 @@ class S3Folder:
         """Names of the files, or of those whose name starts so."""
         with self.file(start) as there:
             pages = self.client.get_paginator("list_objects").paginate
-            pages = pages(Bucket=self.bucket, Prefix=there["Key"])
-            listed = [file["Key"] for page in pages for file in page.get("Contents", [])]
-            return [key.removeprefix(self.prefix) for key in listed]
+            listed = pages(Bucket=self.bucket, Prefix=there["Key"]).build_full_result()
+            return [file["Key"].removeprefix(self.prefix) for file in listed.get("Contents", [])]
 
     def lock(self, flag, mark):
         """Name the file that says whose this is: there are no locks in S3, see `claim`."""
         self._owner = f"{mark}.owner"
 
-    def claim(self):
-        """Make this place this run's: the last to begin has it, and others see that as they save."""
-        (self.path / self._owner).write_text(self._run)
-        self.upload(self._owner)
-
-    def check_claim(self):
-        """InputError if another run has claimed this place."""
-        if self._owner not in self.names(self._owner):  # someone has cleaned up
-            self.claim()
+    def claim(self, anew=False):
+        """Make this place this run's. The last to begin has it: InputError if that is another run."""
+        if anew or not self.names(self._owner):  # someone has cleaned up
+            (self.path / self._owner).write_text(self._run)
+            self.upload(self._owner)
+            return
         self.download(self._owner)
         if (self.path / self._owner).read_text() != self._run:
             raise InputError(f"{self.place}: another run saves here now")
 
     def upload(self, name):
-        """Put a file of `path`."""
+        """Put a file of `path` in one piece: not every S3-compatible store knows uploads in parts."""
         with self.file(name) as there, (self.path / name).open("rb") as file:
-            self.client.upload_fileobj(file, *there.values(), Config=PLAIN_PUTS)
+            self.client.put_object(**there, Body=file)
 
     def download(self, name):
         """Get a file into `path`."""
-        read_object(self.client, self.bucket, self.prefix + name, self.path / name)
+        (self.path / name).write_bytes(read_object(self.client, self.bucket, self.prefix + name))
 
     def delete(self, name):
         """Delete a file, also that of `path`."""

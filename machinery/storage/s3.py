@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import boto3
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.loaders import create_loader
 from botocore.session import Session
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
@@ -31,13 +30,10 @@ ATTEMPTS = 8  # to read one piece, of which each begins with as many requests as
 # Standard retries back off exponentially; a stalled or cut body costs one part, not the whole tar.
 # A key that stays silent is given up within a quarter of an hour, one that is refused much sooner.
 PATIENT = Config(
-    connect_timeout=5,
-    read_timeout=10,
-    retries={"mode": "standard", "total_max_attempts": 10},
-    max_pool_connections=32,
+    connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 10}, max_pool_connections=32
 )
 # The driver's own few requests fail within a minute when nothing answers.
-IMPATIENT = PATIENT.merge(Config(retries={"mode": "standard", "total_max_attempts": 3}))
+IMPATIENT = PATIENT.merge(Config(retries={"total_max_attempts": 3}))
 
 SLOWLY = 14  # requests of one call, in some three minutes, that S3 may answer by "slow down"
 SLOW_DOWN = re.compile("429|503|SlowDown|Throttl|TooManyRequests|LimitExceeded")
@@ -57,11 +53,9 @@ _loader = create_loader()  # what botocore knows of S3, which takes 100 ms to re
 
 
 def _session(region=None):
-    """A new botocore session, in a region unless the settings name one.
-
-    AWS_REGION counts before AWS_DEFAULT_REGION, as in all of AWS's tools but botocore.
-    """
+    """A new botocore session, in a region unless the settings name one."""
     defaults = {name: (name, f"AWS_{name.upper()}", d, type(d)) for name, d in DEFAULTS.items()}
+    # All of AWS's tools but botocore read the first one.
     regions = [name for name in ("AWS_REGION", "AWS_DEFAULT_REGION") if os.environ.get(name)]
     session = Session(defaults | {"region": ("region", regions, region, None)})
     session.register_component("data_loader", _loader)
@@ -76,7 +70,6 @@ class Keys(Credentials):
     """
 
     def __init__(self, region, seconds, environment):
-        """Nothing is looked up yet; of another environment, there are other credentials."""
         self._region, self._seconds = region, seconds
         self.found, self._lock = None, threading.Lock()
 
@@ -86,25 +79,20 @@ class Keys(Credentials):
 
     def get_frozen_credentials(self):
         """What botocore signs a request with; ValueError if there is nothing."""
-        deadline, pause = time.monotonic() + self._seconds, 1
+        deadline = time.monotonic() + self._seconds
         with self._lock:
             while True:
                 try:
-                    found = self.found or _session(self._region).get_credentials()
+                    self.found = found = self.found or _session(self._region).get_credentials()
                     if not found:
                         raise NoCredentialsError
-                    self.found = found
                     return found.get_frozen_credentials()
                 except Exception as error:  # files, processes and services raise anything
                     self.found, why = None, one_line(error).rstrip(".")
-                    missing = isinstance(error, NoCredentialsError | PartialCredentialsError)
-                    no_service = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
-                    at_once = missing and no_service and self._seconds < 60  # as a run starts
-                    if at_once or time.monotonic() > deadline:
+                    if time.monotonic() > deadline:
                         raise ValueError(f"{why}; {LOG_IN}") from error
-                say(f"{why}: credentials are looked up again in {pause} s")
-                time.sleep(pause)
-                pause = min(2 * pause, 10)
+                say(f"{why}: credentials are looked up again in 3 s")
+                time.sleep(3)
 
 
 def _again(keys, most, slowly, response, attempts, **_):
@@ -143,9 +131,9 @@ def data_client(config=IMPATIENT, anonymous=False, requester_pays=False, **where
     client = boto3.Session(botocore_session=session).client("s3", config=config, **where)
     again = functools.partial(_again, keys, most, set_by_user or SLOWLY)
     client.meta.events.register_first("needs-retry.s3", again)
-    for operation in ("ListObjects", "GetObject", "HeadObject") if requester_pays else ():
-        event = f"provide-client-params.s3.{operation}"
-        client.meta.events.register(event, lambda params, **_: params | {"RequestPayer": "requester"})
+    if requester_pays:
+        event, pay = "provide-client-params.s3", {"RequestPayer": "requester"}
+        client.meta.events.register(event, lambda params, **_: params | pay)
     return client
 
 
@@ -160,14 +148,12 @@ def s3_location():
     """
     plain = data_client(IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta
     meta = data_client().meta
-    where = {"region_name": meta.region_name}
-    if meta.endpoint_url != plain.endpoint_url:
-        where["endpoint_url"] = meta.endpoint_url
-    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1"):
-        where["anonymous"] = True
-    if os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester":
-        where["requester_pays"] = True
-    return where
+    return {
+        "region_name": meta.region_name,
+        "endpoint_url": meta.endpoint_url if meta.endpoint_url != plain.endpoint_url else None,
+        "anonymous": os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("yes", "true", "1"),
+        "requester_pays": os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester",
+    }
 
 
 class Tar(NamedTuple):
@@ -203,44 +189,40 @@ class Bucket(NamedTuple):
         with s3_errors(self.name):
             pages = data_client(**self.where).get_paginator("list_objects").paginate
             for page in pages(Bucket=self.name, Prefix=prefix):
-                listed = page.get("Contents", [])
-                yield from (Tar(o["Key"], o.get("ETag") or None, o["Size"]) for o in listed)
+                for each in page.get("Contents", []):
+                    yield Tar(each["Key"], each.get("ETag") or None, each["Size"])
 
-    def open(self, tar, **options):
-        """A Tar as a file to read forwards, with options of an S3File."""
+    def open(self, tar):
+        """A Tar as a file to read forwards."""
         with s3_errors(self.name):
-            return S3File(_client(PATIENT, **self.where), self.name, tar, **options)
+            return S3File(_client(PATIENT, **self.where), self.name, tar)
 
     def read(self, key):
         """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
         return read_object(data_client(PATIENT, **self.where), self.name, key)
 
 
-def read_object(client, bucket, key, path=None):
-    """One object as bytes, or into a file; InputError if it is unreadable, or changes meanwhile."""
+def read_object(client, bucket, key):
+    """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
     with s3_errors(bucket, key):
         head = client.head_object(Bucket=bucket, Key=key)
     tar = Tar(key, head.get("ETag"), head["ContentLength"])
     with contextlib.closing(S3File(client, bucket, tar)) as file:
-        if path is None:
-            return file.read()
-        with path.open("wb") as out:
-            return shutil.copyfileobj(file, out, PIECE)
+        return file.read()
 
 
 class S3File:
     """An object in S3 as a file to read forwards: threads fetch the next pieces ahead of time.
 
-    What lies behind is let go: `ahead` + 1 pieces are in memory. Raises InputError if the object is
+    What lies behind is let go: AHEAD + 1 pieces are in memory. Raises InputError if the object is
     unreadable or has changed since it was listed.
     """
 
-    def __init__(self, client, bucket, tar, storm=30, piece=PIECE, ahead=AHEAD):
+    def __init__(self, client, bucket, tar, storm=30):
         """Nothing is asked of S3 yet; for `storm` seconds, what breaks off is asked for anew."""
-        self._client, self._bucket, self._tar = client, bucket, tar
-        self._storm, self._piece, self._ahead, self._place = storm, piece, ahead, 0
+        self._client, self._bucket, self._tar, self._storm = client, bucket, tar, storm
+        self._place, self._threads = 0, ThreadPoolExecutor(AHEAD)
         self._pieces = {}  # number -> Future of its bytes
-        self._threads = ThreadPoolExecutor(max(1, ahead))
 
     def close(self):
         """Begin to fetch nothing more."""
@@ -258,23 +240,19 @@ class S3File:
     def read(self, size=None):
         """The next bytes: so many, or all to the end."""
         end = self._tar.size if size is None else min(self._place + size, self._tar.size)
-        read = []
+        read, begin = [], self._threads.submit
         while self._place < end:
-            number, skipped = divmod(self._place, self._piece)
-            read.append(self._get(number)[skipped : skipped + end - self._place])
+            number, skipped = divmod(self._place, PIECE)
+            last = number + AHEAD if number else 0  # of some files, only the head is read
+            wanted = range(number, min(last + 1, math.ceil(self._tar.size / PIECE)))
+            self._pieces = {n: self._pieces.get(n) or begin(self._fetch, n * PIECE) for n in wanted}
+            with s3_errors(self._bucket, self._tar.key):
+                read.append(self._pieces[number].result()[skipped : skipped + end - self._place])
             self._place += len(read[-1])
         return b"".join(read)
 
-    def _get(self, number):
-        wanted = range(number, min(number + self._ahead + 1, math.ceil(self._tar.size / self._piece)))
-        self._pieces = {
-            n: self._pieces.get(n) or self._threads.submit(self._fetch, n * self._piece) for n in wanted
-        }
-        with s3_errors(self._bucket, self._tar.key):
-            return self._pieces[number].result()
-
     def _fetch(self, start):
-        stop = min(start + self._piece, self._tar.size)
+        stop = min(start + PIECE, self._tar.size)
         what = {"Bucket": self._bucket, "Key": self._tar.key, "Range": f"bytes={start}-{stop - 1}"}
         what |= {"IfMatch": self._tar.etag} if self._tar.etag else {}
         deadline, attempts = time.monotonic() + self._storm, 0

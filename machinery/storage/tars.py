@@ -25,9 +25,8 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
 
     `tar` is a file object, `start` the byte at which the part begins, 0 or the `rest` of the part
     before; it ends with the tar, or after so many images or bytes. Returns images uint8 [n, height,
-    width, 3] or Jpegs, their n names in the tar, (name, reason) of what was left out: members that are
-    no regular file or no readable image, and damage to the tar itself; and `rest`, the byte at which
-    the next part begins, None after the last one.
+    width, 3] or Jpegs, their n names in the tar, (name, reason) of each member that was left out and of
+    damage to the tar itself, and `rest`, the byte at which the next part begins, None after the last.
     """
     end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
     # What no image is written to takes no memory.
@@ -77,11 +76,7 @@ def _content(tar, place, member, end):
 
 
 def walk(file, start, end):
-    """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage.
-
-    `tarfile` skips what is no header. Where it gives up, it begins anew behind. The walk can begin
-    at any place that it has given, and goes forwards only.
-    """
+    """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage."""
     place, archive, header = start, None, _header_class(file)
     while place < end:
         try:
@@ -91,6 +86,8 @@ def walk(file, start, end):
                 options["pax_headers"] = _Nothing()
                 archive = tarfile.TarFile(fileobj=file, tarinfo=header, **options)
             member = archive.next()
+            if member and member.size < 0:  # as a header about it says
+                raise ValueError
         except (tarfile.TarError, ArithmeticError, LookupError, ValueError):
             header.damaged = place if header.damaged is None else header.damaged
             # What is wrong can be said before the last header, which is read again without that.
@@ -102,11 +99,8 @@ def walk(file, start, end):
         if member is None:
             return
         place = archive.offset  # before the caller reads
-        yield member.offset, None if member.size < 0 else member
+        yield member.offset, member
         archive.members.clear()  # or a million of them would take 2 GB
-        if member.size < 0:  # says a header about it: it is read without that
-            place = max(member.offset, member.offset_data - 2 * tarfile.BLOCKSIZE) + tarfile.BLOCKSIZE
-            archive = None
     if header.damaged is not None:
         yield header.damaged, None
 

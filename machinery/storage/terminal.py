@@ -18,8 +18,7 @@ def is_there():
 def say(line):
     """Print a line, above the bar if there is one; what the output's encoding does not have is escaped.
 
-    Raises OSError where that fails. Once nobody reads any more (BrokenPipeError), all else that is
-    printed is thrown away.
+    OSError where that fails. After a BrokenPipeError, all else that is printed is thrown away.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     # The newline is part of the string: between two writes, another thread could print.
