@@ -188,6 +188,20 @@ def test_a_model_of_another_program_is_not_replaced(s3, bucket, tmp_path, remote
     assert (tmp_path / "model" / "saved_model.pb").read_bytes() == data
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_exports_of_before_there_was_a_mark_are_replaced(network, s3, bucket, tmp_path, remote):
+    place = f"s3://{bucket}/x" if remote else str(tmp_path)
+    SavedModel(place).write(network, MEAN)
+    if remote:
+        s3.delete_object(Bucket=bucket, Key="x/exported-by-driver")
+    else:
+        (tmp_path / "exported-by-driver").unlink()
+    model = SavedModel(place)
+    with pytest.raises(InputError, match="keeps that of an earlier run"):
+        model.write(network, MEAN, keep=True)
+    model.write(network, MEAN)
+
+
 # ---- exports
 
 

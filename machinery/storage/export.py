@@ -11,6 +11,7 @@ FLAG = "--export-dir"
 MODEL = "saved_model.pb"  # an exported network is there once this file is
 MARK = "exported-by-driver"  # the file that says that the rest is this program's
 SCRATCH = ".export-"  # how the folder's name begins in which one is written
+NAMES = b"serving_default", b"images", b"probabilities", b"conv1/kernel"  # that are in an export
 
 
 class SavedModel:
@@ -18,7 +19,8 @@ class SavedModel:
 
     def __init__(self, place):
         """Name where it goes; InputError if that cannot be written or holds another program's model."""
-        self._folder = open_place(FLAG, place, MARK, f"{MODEL}|variables.*|fingerprint.pb")
+        ours = f"{MODEL}|variables.*|fingerprint.pb"
+        self._folder = open_place(FLAG, place, MARK, ours, unmarked=_is_export)
         self.place = self._folder and self._folder.place
         for killed in self._folder.path.glob(f"{SCRATCH}*") if place else ():
             shutil.rmtree(killed, ignore_errors=True)
@@ -48,3 +50,12 @@ class SavedModel:
                     entry.rename(there)
                     for file in sorted(there.rglob("*")) if there.is_dir() else [there]:
                         self._folder.upload(file.relative_to(folder).as_posix())
+
+
+def _is_export(folder):
+    """Whether a model without a mark is one that this program has exported before it had marks."""
+    if MODEL not in folder.names():
+        return False
+    folder.download(MODEL)
+    model = (folder.path / MODEL).read_bytes()
+    return all(name in model for name in NAMES)

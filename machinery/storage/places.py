@@ -14,12 +14,13 @@ from machinery.storage.tf1 import tf
 from botocore.config import Config
 
 
-def open_place(flag, place, mark="", ours="", remote=True):
+def open_place(flag, place, mark="", ours="", remote=True, unmarked=lambda folder: False):
     """The folder that a flag names, tried as it will be used; None stays None, ~ is the home folder.
 
     `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
     beside them. InputError if the place is of a kind that is not supported (S3 is only if `remote`),
-    would be lost, cannot be written, or has such names without a mark.
+    would be lost, cannot be written, or has such names without a mark, unless `unmarked` says of the
+    folder that they are this program's all the same.
     """
     if place is None:
         return None
@@ -35,7 +36,8 @@ def open_place(flag, place, mark="", ours="", remote=True):
         folder.check()
         names = folder.names()
         there = [name for name in names if re.fullmatch(ours, name)]
-        if there and not any(re.fullmatch(mark, name) for name in names):
+        marked = any(re.fullmatch(mark, name) for name in names)
+        if there and not marked and not unmarked(folder):
             why = f"{one_line(there[0])} there is another program's"
             raise InputError(f"{flag} {place}: {why}; name another place")
     return folder
@@ -156,7 +158,7 @@ class S3Folder:
 
     def download(self, name):
         """Get a file into `path`."""
-        (self.path / name).write_bytes(read_object(self.client, self.bucket, self.prefix + name))
+        read_object(self.client, self.bucket, self.prefix + name, self.path / name)
 
     def delete(self, name):
         """Delete a file, also that of `path`."""

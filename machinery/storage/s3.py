@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -202,13 +203,16 @@ class Bucket(NamedTuple):
         return read_object(data_client(PATIENT, **self.where), self.name, key)
 
 
-def read_object(client, bucket, key):
-    """One object as bytes; InputError if it is unreadable, or changes meanwhile."""
+def read_object(client, bucket, key, path=None):
+    """One object as bytes, or into a file; InputError if it is unreadable, or changes meanwhile."""
     with s3_errors(bucket, key):
         head = client.head_object(Bucket=bucket, Key=key)
     tar = Tar(key, head.get("ETag"), head["ContentLength"])
     with contextlib.closing(S3File(client, bucket, tar)) as file:
-        return file.read()
+        if path is None:
+            return file.read()
+        with path.open("wb") as out:
+            return shutil.copyfileobj(file, out, PIECE)
 
 
 class S3File:
@@ -243,7 +247,7 @@ class S3File:
         read, begin = [], self._threads.submit
         while self._place < end:
             number, skipped = divmod(self._place, PIECE)
-            last = number + AHEAD if number else 0  # of some files, only the head is read
+            last = number + (AHEAD if self._pieces else 0)  # of some files, only the head is read
             wanted = range(number, min(last + 1, math.ceil(self._tar.size / PIECE)))
             self._pieces = {n: self._pieces.get(n) or begin(self._fetch, n * PIECE) for n in wanted}
             with s3_errors(self._bucket, self._tar.key):
