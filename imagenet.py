@@ -117,7 +117,7 @@ def load_tarfiles_from_s3(source, tars, size=(IMAGE_SIZE, IMAGE_SIZE), stored="p
 
 def tars_at_once():
     """How many tars the nodes load at once."""
-    return max(1, round(TARS_A_CPU * nodes.count_cpus()))
+    return max(1, round(TARS_A_CPU * nodes.total("CPU")))
 
 
 def _place(source, tar):

@@ -267,9 +267,9 @@ def fastest_precision(cpus, gpus):
 # ---- room
 
 
-def count_cpus():
-    """How many CPUs the nodes have that are alive."""
-    return sum(node["Resources"].get("CPU", 0) for node in head.nodes())
+def total(resource):
+    """How much all nodes have of one of Ray's resources: a number of CPUs, or of bytes."""
+    return sum(node["Resources"].get(resource, 0) for node in head.nodes())
 
 
 def room_for_workers(cpus, gpus):
@@ -297,10 +297,9 @@ def room_for_images(mini_batches, one_set, batch):
     That is gradients, a node's sum and weights of two iterations, sets of so many bytes each, and what
     data tasks make: two tasks a CPU, two batches of so many bytes each.
     """
-    there = [node["Resources"] for node in head.nodes()]
-    cpus, store = (sum(has.get(kind, 0) for has in there) for kind in ("CPU", "object_store_memory"))
-    sets = mini_batches + 3 * len(there)
-    return int(0.8 * store - sets * one_set - 4 * cpus * batch)  # Ray spills a store that is fuller
+    sets = mini_batches + 3 * len(head.nodes())
+    store = 0.8 * total("object_store_memory")  # Ray spills a store that is fuller
+    return int(store - sets * one_set - 4 * total("CPU") * batch)
 
 
 class Room:
