@@ -41,13 +41,13 @@ import tarfile
 import tempfile
 import threading
 from collections import defaultdict
-from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 from machinery.errors import MAX_NAMED, ImageError, InputError, one_line
 from machinery.storage.ilsvrc2012 import NO_CLASS, TRAIN, VAL, Image, caffe_labels, find_tars, stem_of
 from machinery.storage.images import QUALITY, small_jpeg
-from machinery.storage.places import S3Folder
+from machinery.storage.places import S3Folder, as_they_end
 from machinery.storage.s3 import AHEAD, PIECE
 from machinery.storage.terminal import bar, say
 
@@ -202,16 +202,6 @@ class Staged:
         self.keys.add(key)
         self.labels |= {label_path(image): caffe_labels()[image.wnid] for image in listing.images}
         self.others += listing.others
-
-
-def as_they_end(jobs):
-    """Yield each of a set of futures once it has ended.
-
-    A signal that comes just before a wait without an end, as in `as_completed`, is heard only after it.
-    """
-    while jobs:
-        ended, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
-        yield from ended
 
 
 def stage_tars(name, tars, folder, there, before, side):

@@ -44,12 +44,14 @@ class Report:
         """While this lasts, `say` gets each line of the logger "driver", from whatever module."""
         logger, handler = logging.getLogger("driver"), logging.Handler()
         handler.emit = lambda record: self.say(record.getMessage())
+        level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
         try:
             yield
         finally:
             logger.removeHandler(handler)
+            logger.setLevel(level)
 
     def say(self, line):
         """Print a line; one that standard output does not take is lost, and a later line says so."""

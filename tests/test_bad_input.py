@@ -79,7 +79,6 @@ def test_no_credentials(one_ray, bucket, capsys, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # credentials may come late by ten seconds
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers credentials
     line = one_error(capsys, "--s3-bucket", bucket)
     assert f"s3://{bucket}: Unable to locate credentials" in line and "aws configure" in line

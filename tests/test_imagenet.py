@@ -75,14 +75,15 @@ def test_list_filters_by_prefix_and_leaves_out_what_is_no_tar(s3, bucket):
 # ---- loading
 
 
-def test_load_returns_at_once_with_one_task_a_tar(one_ray, bucket, monkeypatch):
-    tars = [Tar(key, None, 0) for key in ("a.tar", "b.tar", "c.tar")]
+def test_load_returns_at_once_with_one_task_a_tar_and_two_tars_a_cpu(one_ray, bucket, monkeypatch):
+    tars = [Tar(f"{key}.tar", None, 0) for key in "abcdef"]
     # No node has a gate, so that none of the tasks can run while load_tarfiles_from_s3 does.
     monkeypatch.setattr(tasks, "start", partial(tasks.start, resources={"gate": 1}))
     loaded = imagenet.load_tarfiles_from_s3(imagenet.source_of(bucket), tars, SIZE)
-    started = [{ref.task_id() for ref in tar[:3]} for tar in loaded]
-    assert [len(ids) for ids in started] == [1, 1, 1] and len(set.union(*started)) == 3
-    for images, *_ in loaded:
+    assert [tar[:3] for tar in loaded[4:]] == [(None, None, None)] * 2  # they wait
+    started = [{ref.task_id() for ref in tar[:3]} for tar in loaded[:4]]
+    assert [len(ids) for ids in started] == [1] * 4 and len(set.union(*started)) == 4
+    for images, *_ in loaded[:4]:
         ray.cancel(images)
 
 

@@ -1,14 +1,14 @@
 """Checkpoints, from which a run resumes: the state of its network, and the facts about the run."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from machinery.errors import InputError, one_line, say
-from machinery.storage.places import open_place, write_errors
+from machinery.storage.places import as_they_end, open_place, write_errors
 from machinery.storage.tf1 import tf
 
 FLAG = "--checkpoint-dir"
@@ -96,7 +96,8 @@ class Checkpoints:
         self.place = self._folder and self._folder.place
         self.saved = self._newest = 0  # iterations of the newest whole checkpoint, and of the last try
         self.best = None  # iteration and top-1 of the best one so far, which is whole
-        self._putter, self._putting = concurrent.futures.ThreadPoolExecutor(1), set()
+        self._damaged = set()  # iterations of checkpoints, which are left alone
+        self._putter, self._putting = ThreadPoolExecutor(1), set()
         if place:
             with write_errors(FLAG, place):
                 self._folder.lock(FLAG, STATE)
@@ -139,6 +140,7 @@ class Checkpoints:
                 facts, mean = Facts(**json.loads(state.pop("facts"))), state.pop("mean")
             except Exception as error:  # TensorFlow's reader raises anything on damaged bytes
                 say(f"{self.place}: ckpt-{iteration} is damaged and left out: {one_line(error)[:120]}")
+                self._damaged.add(iteration)
             else:
                 self.saved = self._newest = iteration
                 return Start(self.place, facts, state, mean, reached, whole or iteration >= iterations)
@@ -176,10 +178,7 @@ class Checkpoints:
 
     def wait(self):
         """Wait until the last save has ended; `saved` is then the iteration of the newest whole one."""
-        # A signal that comes just before a wait without an end is heard only after it.
-        while concurrent.futures.wait(self._putting, timeout=1).not_done:
-            pass
-        for putting in self._putting:
+        for putting in as_they_end(self._putting):
             putting.result()
 
     @contextlib.contextmanager
@@ -195,8 +194,9 @@ class Checkpoints:
         """Put a checkpoint that is written where it belongs, and delete older ones."""
         with self._or_say(f"The checkpoint of iteration {iteration} is not saved"):
             self._folder.claim()
-            # Later ones are damaged, as the run has begun at the newest intact one. They stay there.
-            there = [*(older for older in self._iterations() if older < iteration), iteration]
+            self._damaged.discard(iteration)
+            others = {*self._iterations()} - {iteration} - self._damaged
+            there = [*sorted(others), iteration]
             kept = {*there[-3:], *(best[:1] if best else [])}
             names = [f"ckpt-{each}" for each in there if each in kept]
             tf.train.update_checkpoint_state(str(self._folder.path), f"ckpt-{iteration}", names)

@@ -19,8 +19,8 @@ class SavedModel:
 
     def __init__(self, place):
         """Name where it goes; InputError if that cannot be written or holds another program's model."""
-        ours = f"{MODEL}|variables.*|fingerprint.pb"
-        self._folder = open_place(FLAG, place, MARK, ours, unmarked=_is_export)
+        mark, ours = rf"{MARK}|{SCRATCH}.*", f"{MODEL}|variables.*|fingerprint.pb"
+        self._folder = open_place(FLAG, place, mark, ours, unmarked=_is_export)
         self.place = self._folder and self._folder.place
         for killed in self._folder.path.glob(f"{SCRATCH}*") if place else ():
             shutil.rmtree(killed, ignore_errors=True)

@@ -5,6 +5,7 @@ import fcntl
 import re
 import tempfile
 import uuid
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 from machinery.errors import InputError, one_line, say
@@ -55,6 +56,16 @@ def write_errors(flag, place):
     except tf.errors.OpError as error:
         said = [line for line in error.message.splitlines() if "; " in line] or [one_line(error)]
         raise InputError(f"{flag} {place}: {said[0].rpartition('; ')[2][:200]}") from error
+
+
+def as_they_end(jobs):
+    """Yield each of a set of futures once it has ended.
+
+    A signal that comes just before a wait without an end, as in `as_completed`, is heard only after it.
+    """
+    while jobs:
+        ended, jobs = wait(jobs, timeout=1, return_when=FIRST_COMPLETED)
+        yield from ended
 
 
 class LocalFolder:

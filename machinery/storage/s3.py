@@ -19,7 +19,7 @@ import boto3
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from botocore.loaders import create_loader
 from botocore.session import Session
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
@@ -80,7 +80,7 @@ class Keys(Credentials):
 
     def get_frozen_credentials(self):
         """What botocore signs a request with; ValueError if there is nothing."""
-        deadline = time.monotonic() + self._seconds
+        deadline, pause = time.monotonic() + self._seconds, 1
         with self._lock:
             while True:
                 try:
@@ -90,10 +90,14 @@ class Keys(Credentials):
                     return found.get_frozen_credentials()
                 except Exception as error:  # files, processes and services raise anything
                     self.found, why = None, one_line(error).rstrip(".")
-                    if time.monotonic() > deadline:
+                    missing = isinstance(error, NoCredentialsError | PartialCredentialsError)
+                    no_service = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
+                    at_once = missing and no_service and self._seconds < 60  # as a run starts
+                    if at_once or time.monotonic() > deadline:
                         raise ValueError(f"{why}; {LOG_IN}") from error
-                say(f"{why}: credentials are looked up again in 3 s")
-                time.sleep(3)
+                say(f"{why}: credentials are looked up again in {pause} s")
+                time.sleep(pause)
+                pause = min(2 * pause, 10)
 
 
 def _again(keys, most, slowly, response, attempts, **_):

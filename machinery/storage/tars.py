@@ -72,7 +72,11 @@ def _content(tar, place, member, end):
 
 
 def walk(file, start, end):
-    """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage."""
+    """The members of a tar between two bytes as (place, TarInfo), or (place, None) for damage.
+
+    `tarfile` skips what is no header. Where it gives up, it begins anew behind. The walk can begin
+    at any place that it has given, and goes forwards only.
+    """
     place, archive, header = start, None, _header_class(file)
     while place < end:
         try:
