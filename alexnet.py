@@ -83,8 +83,7 @@ def as_bits(arrays):
 def forward(images, parameters, layers, dropout=lambda x, layer: x):
     """The logits float32 [n, classes] of images float32 [n, 224, 224, 3], pixels minus their mean.
 
-    All else is computed in the type of the parameters. `dropout` is called with what a dense layer
-    gives, and the layer's number.
+    All is computed in the parameters' type. `dropout` takes a dense layer's output and number.
     """
     precision, weights = parameters[0].dtype, iter(parameters)
     x = tf.cast(images / PIXEL_STD, precision)
@@ -142,8 +141,7 @@ class Momentum:
 
     v = m v - rate g, w = w + v, where g is the mean gradient plus `weight_decay` times the kernels (as
     in Caffe, biases do not decay), shortened to `clip_norm` if it is longer. So momentum keeps steps,
-    with the rates of their time; TensorFlow's own optimizer keeps sums of gradients, to which a new
-    rate applies at once. `rate` is a Schedule.
+    with the rates of their time; TensorFlow's own optimizer keeps gradients. `rate` is a Schedule.
     """
 
     def __init__(self, rate, momentum, weight_decay, clip_norm):
@@ -178,9 +176,8 @@ class AlexNet:
     def __init__(self, layers, num_classes, rule=None, threads=0, gpus=0, precision="float32"):
         """Build the graph and open its session, with so many threads (0: one a CPU) and GPUs.
 
-        `rule` is what `apply` does; a network that only computes gradients needs none. `precision` is
-        the type of parameters, products and gradients, "float32" or "bfloat16". A rule needs float32:
-        bfloat16 is too coarse to add small steps to.
+        `rule` is what `apply` does, if anything. `precision` is the type of parameters, products and
+        gradients: float32 with a rule, since bfloat16 is too coarse to add small steps to.
         """
         self.layers, self.num_classes, self.rule = layers, num_classes, rule
         self.iteration = 0  # how many steps have made the weights; None if one has failed halfway
@@ -202,9 +199,9 @@ class AlexNet:
     def weights(self, precision="float32"):
         """The 16 weights in a precision, bfloat16 as its bits (see `as_bits`).
 
-        In the network's own precision they are read-only views of its variables: with the copies that a
-        session fetches, an iteration took 998 ms instead of 774 (float32, `benchmarks/step.py`).
-        TensorFlow copies a variable before it changes it while a view is held.
+        In the network's own precision they are read-only views: with the copies that a session fetches,
+        an iteration took 998 ms instead of 774 (float32, `benchmarks/step.py`). TensorFlow copies a
+        variable before it changes it while a view is held.
         """
         self.sess.run(self._show[precision])
         shown, self._shown = self._shown, None
@@ -235,10 +232,6 @@ class AlexNet:
         """
         return self.sess.run(self.hits, {self.images: images, self.y_true: y_true})
 
-    def decays(self):
-        """How much of each parameter the rule adds to its mean gradient."""
-        return self.rule.decays(self.parameters)
-
     def initial_state(self, std, rng):
         """What training starts from: `initial_weights`, and zeros for what the rule keeps."""
         zeros = {name: np.zeros(v.shape, np.float32) for name, v in self._state.items()}
@@ -255,8 +248,7 @@ class AlexNet:
     def export(self, folder, mean):
         """Write a SavedModel into a new folder, for images that were centred by a mean image.
 
-        Its signature "serving_default" takes `images`, uint8 [n, 256, 256, 3], and gives
-        `probabilities`, float32 [n, classes].
+        It takes `images`, uint8 [n, 256, 256, 3], and gives `probabilities`, float32 [n, classes].
         """
         config = tf.ConfigProto(device_count={"GPU": 0})
         with tf.Graph().as_default(), tf.Session(config=config) as sess:

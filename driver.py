@@ -42,8 +42,7 @@ SHUFFLE_ROUNDS = 5  # rounds of mixing the batches two by two: r rounds mix 2^r 
 ACCURACY_EVERY = 10  # iterations between two accuracies; 0: none
 ACCURACY_SAMPLE = 100  # images of a batch that an accuracy is measured on, at most
 VALIDATE_EVERY = 1000  # iterations between two validations, 0: none; one follows the last iteration
-CHECKPOINT_EVERY = 500  # iterations between two checkpoints, 0: none. The last iteration is always one,
-# and so is each validation that is the best so far.
+CHECKPOINT_EVERY = 500  # iterations between two checkpoints, 0: none; last and best are always kept
 CHECKPOINT_MINUTES = 10  # minutes after which a checkpoint is due in any case, 0: never
 CHECK_TARS = True  # False: a run resumes even if keys or ETags of tars are not those that it began with
 LEARNING_RATE = 0.005  # step size for LEARNING_RATE_IMAGES; the paper's 0.01 is for 128
@@ -121,7 +120,7 @@ def train(args, start, report, outcome, stop, cluster):
         report.lap("compute")
 
         # Their mean, plus weight decay, trains the local network.
-        gradients, norm = pool.mean_gradients(local.decays())
+        gradients, norm = pool.mean_gradients(local.rule.decays(local.parameters))
         report.lap("gather")
         rate = local.rule.rate(iteration)
         with stop.held():  # a step is made whole
@@ -249,10 +248,9 @@ def read_flags(argv):
 def main(argv=None, report=None, actor=functions.Worker):
     """Train as the command line says.
 
-    `report` is a results.Report, and `actor` the class of the workers: who watches or measures the run
-    hands in others. Raises InputError or ClusterError where it cannot train, NotSaved where it has
-    trained but cannot save, KeyboardInterrupt after a signal, BrokenPipeError once nobody reads the
-    output.
+    `report` is a results.Report, `actor` the class of the workers: who watches a run hands in others.
+    Raises InputError or ClusterError where it cannot train, NotSaved where it has trained but cannot
+    save, KeyboardInterrupt after a signal, BrokenPipeError once nobody reads the output.
     """
     args, report = read_flags(argv), report or results.Report()
     with report.lines(), ending.Stop() as stop:

@@ -1,7 +1,6 @@
 """What runs remotely, and what asks for it: labels, shuffle, mean image, mini-batches, the workers.
 
-Everything random is drawn from a seed that is an argument: a task that runs again, to rebuild a lost
-object, makes the same object.
+Everything random is drawn from a seed that is an argument: so a task that runs again makes the same.
 """
 
 import contextlib
@@ -52,9 +51,8 @@ def generator(*key):
 def label_table(labels):
     """The dict of `imagenet.read_labels` as sorted hashes of its names and their labels, two arrays.
 
-    Tasks read arrays in the object store, uncopied. A hash has 96 bits: two of ImageNet's 1.28 million
-    names have the same one with a probability of 1e-17. A suffix is left out unless it alone tells a
-    name from others: so x.jpg has the label of x.JPEG.
+    Tasks read arrays in the object store, uncopied. A hash has 96 bits: two of 1.28 million names have
+    the same one with a probability of 1e-17. A suffix counts only if names differ by it alone.
     """
     stems = [SUFFIX.sub("", name) for name in labels]
     times = Counter(stems)
@@ -102,8 +100,8 @@ def convert(filenames, imagepairs):
 def match(loading):
     """Match each array of images with its array of labels: wait for a Loading, return its batches.
 
-    Images without a label are dropped, and batches without an image. InputError if nothing is left of
-    tars. What is loaded is forgotten here, or its references would keep every batch twice.
+    Images without a label are dropped; InputError if none is left. `loading.loaded` is emptied here, or
+    it would keep every batch twice.
     """
     data, table, batches = loading.data, loading.imagepairs, []
     if not data.tars:
@@ -264,8 +262,7 @@ def draw_sample(helpers, batches, parts, seed, size, iteration):
 def compute_grad(pool, minibatches, sample, mean, keep_probability, seed):
     """The losses of Drawn mini-batches, and the top-1 accuracy on a sample, None without one.
 
-    Gradients stay where they were computed, see `Pool.mean_gradients`. The sample, also Drawn, comes
-    after them and is shared out among all workers: so it costs their forward passes and no more.
+    Gradients stay where they were computed, see `Pool.mean_gradients`. The sample is also Drawn.
     """
     gradients = []
     for index, minibatch in enumerate(minibatches):
@@ -324,8 +321,7 @@ class Helper(Actor):
 class Worker(Actor):
     """An actor: one network in its own session, in its own process, for as long as the run lasts.
 
-    `refs` of a request are those of all that it is about: the weights, a MiniBatch, the mean image. So
-    a restarted worker, which has missed `update_weights`, never computes on others.
+    `refs` are of weights, a MiniBatch and the mean image: so it never computes on other weights.
     """
 
     def __init__(self, network):
@@ -335,10 +331,7 @@ class Worker(Actor):
         self.iteration = None
 
     def update_weights(self, iteration, weightrefs, passed_on=()):
-        """Load an iteration's weights, whose reference is in a list, unless they are loaded already.
-
-        `passed_on` has a reference, or none, that resolves once they are on this node.
-        """
+        """Load an iteration's weights, once they are `passed_on`, unless they are loaded already."""
         if self.iteration != iteration:
             ray.wait(list(passed_on))
             [weights] = ray.get(weightrefs)

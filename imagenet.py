@@ -80,8 +80,7 @@ def estimate_images(source, tars):
 def form_of_images(source, tars, stored, room):
     """The form to store images of some tars in: `stored`, or pixels if they fit, where that is None.
 
-    `room` tells for how many bytes of images there is room beside batches of so many bytes each. Says
-    what the images take of memory, and of disk if there is too little room.
+    `room` tells for how many bytes of images there is room beside batches of so many bytes each.
     """
     images = estimate_images(source, tars)
     in_batch = min(images / len(tars), PART.images)
@@ -99,9 +98,8 @@ def form_of_images(source, tars, stored, room):
 def load_tarfiles_from_s3(source, tars, size=(IMAGE_SIZE, IMAGE_SIZE), stored="pixels"):
     """Start to download and decode tars, one remote task each; returns a list of Loaded at once.
 
-    These are the first parts of large tars. Where tars are many, the last ones wait until others are
-    loaded, see `report_loading`. `size` is [height, width] of the images, `stored` is their form,
-    "pixels" or "jpeg".
+    These are the first parts of large tars. If tars are many, the last ones wait, see `report_loading`.
+    `size` is [height, width] of the images, `stored` is their form, "pixels" or "jpeg".
     """
 
     def load(tar, start=0):
@@ -179,8 +177,8 @@ def load_tarfile(source, tar, start, size, stored):
     """What a load task makes of the part of a Tar that begins at a byte: images, names, a report.
 
     The n images are uint8 [n, height, width, 3] RGB or Jpegs, their names as `in_directory` has them.
-    The report is a dict of `images` (n), `left_out` (a count), `named` (the first few of those), and
-    `rest` (where the next part begins, or None).
+    The report is a dict of `images` (n), `left_out` (a count), `named` (the first few), and `rest`, the
+    byte at which the next part begins, or None.
     """
     cv2.setNumThreads(1)  # tasks run side by side
     with contextlib.closing(source.open(tar)) as file:

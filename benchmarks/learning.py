@@ -214,7 +214,8 @@ def first_losses(args):
                 computed.append(network.compute_grad(images, y_true, driver.KEEP_PROBABILITY, seed))
             gradients, own_losses = zip(*computed, strict=True)
             tree, sets = tree_of(len(gradients)), dict(enumerate(gradients))
-            norm = mean_of(tree, sets, len(sets), network.weights(), network.decays(), means)
+            decays = network.rule.decays(network.parameters)
+            norm = mean_of(tree, sets, len(sets), network.weights(), decays, means)
             network.apply(means, norm, network.rule.rate(iteration))
             rows.append((iteration, np.mean(losses), np.mean(own_losses)))
             self.resume()  # the time of this is no part of an iteration

@@ -15,8 +15,7 @@ from ray import exceptions
 class Stop:
     """What SIGINT, SIGTERM and SIGHUP do in a `with`: they raise KeyboardInterrupt, with their number.
 
-    But not while the run is `held`. In a thread, signals are not this run's. Errors of Ray and of its
-    tasks leave the `with` as errors of one line.
+    But not while the run is `held`, nor in a thread. Errors of Ray leave the `with` in one line.
     """
 
     def __init__(self):

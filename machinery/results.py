@@ -153,7 +153,7 @@ class Report:
             self.lost_curves = True
 
 
-class Outcome:
+class Outcome(contextlib.AbstractContextManager):
     """What a run leaves behind, however it ends: checkpoints, the exported network, a last line.
 
     The end of a `with` saves and exports the newest weights. NotSaved if all went well but that.
@@ -211,9 +211,6 @@ class Outcome:
         """Whether it is time for a validation, which has not been before the run was resumed."""
         due = iteration >= self._args.iterations or is_due(iteration, every)
         return due and self._facts.validated != iteration
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, error, traceback):
         try:

@@ -132,7 +132,7 @@ def test_rate_rises_to_a_higher_peak_and_falls_to_a_tenth_from_each_drop_on():
 
 def test_kernels_decay_and_biases_do_not():
     rule = alexnet.Momentum(None, 0.9, 5e-4, LONG)
-    assert alexnet.AlexNet(THIN, num_classes=10, rule=rule).decays() == [5e-4, 0] * 8
+    assert rule.decays(alexnet.AlexNet(THIN, num_classes=10, rule=rule).parameters) == [5e-4, 0] * 8
 
 
 def test_only_a_longer_gradient_is_shortened():

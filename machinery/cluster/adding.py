@@ -92,8 +92,7 @@ def mean_of(tree, sets, count, weights, decays, means):
 
     The norm is not finite if any value is not. The gradients' sum is that of `sets`, a dict of index ->
     set, in the order of a tree. `decays` are numbers, one a variable: how much of the weight is added.
-    `weights` are a set, `means` float32 arrays. It goes through memory once, block by block. OpenCV is
-    faster than NumPy here, and its arithmetic decides the bits of every run.
+    `weights` are a set, `means` float32 arrays. OpenCV is faster than NumPy here; it decides the bits.
     """
 
     def finish(variable, block, total, mean):

@@ -35,7 +35,7 @@ class Helpers:
     def __init__(self, actor):
         """Start none yet. `actor` is their class, a nodes.Actor: functions.Helper."""
         self._actor, self.here = actor, ray.get_runtime_context().get_node_id()
-        self._on = {}  # node id -> actor
+        self.at = {}  # node id -> actor: all nodes on which data or gradients lie
 
     def holding(self, batches):
         """For each batch the helper on a node that holds it, or on this one if Ray knows of none."""
@@ -44,34 +44,22 @@ class Helpers:
 
     def on(self, node):
         """The helper on a node."""
-        if node not in self._on:
-            self._on[node] = self._actor.options(**nodes.on_node(node)).remote()
-        return self._on[node]
-
-    def nodes(self):
-        """The nodes that have a helper: all on which data or gradients lie."""
-        return set(self._on)
-
-    def let_go(self, node):
-        """Forget the helper of a node that is dead."""
-        self._on.pop(node, None)
+        if node not in self.at:
+            self.at[node] = self._actor.options(**nodes.on_node(node)).remote()
+        return self.at[node]
 
     def let_go_hung(self):
-        """End helpers that are lost, at work for too long, or do not answer: others start when needed.
-
-        Their calls fail, and what they were to make is asked for again.
-        """
-        for node, actor in list(self._on.items()):
+        """End helpers that hang: their calls fail, and what they were to make is asked for again."""
+        for node, actor in list(self.at.items()):
             if nodes.hangs(actor, limits["work"]):
                 ray.kill(actor)
-                del self._on[node]
+                del self.at[node]
 
     def pass_on(self, ref, there):
         """Start to copy an object from this node to others, in rounds.
 
-        A round has as many copies as nodes hold the object by then, since Ray copies from any of them:
-        so this node sends about one a round, which saves time over slow links (benchmarks/README.md).
-        Returns a dict of node -> reference that resolves once the object is there.
+        A round has as many copies as nodes hold the object by then: Ray copies from any of them, which
+        saves time over slow links. Returns a dict of node -> reference that resolves once it is there.
         """
         arrived, before, rest = {self.here: ref}, [], [node for node in there if node != self.here]
         while rest:
@@ -83,8 +71,7 @@ class Helpers:
     def add_gradients(self, gradients, there):
         """Have the nodes add up sets of gradients, given as references, where they lie (`share_out`).
 
-        `there` names the node of each set. Returns what is left to add: a tree, and a dict of index ->
-        set for it.
+        `there` names each set's node. Returns what is left to add: a tree, a dict of index -> set.
         """
         steps, tree = share_out(there, self.here)
         refs = list(gradients)

@@ -36,8 +36,8 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
     """Join the Ray cluster that `find_address` names, or start one: a Cluster.
 
     A Ray that this process has started already is taken as it is. `runtime_env` brings the project's
-    modules to every node, and nothing else. Ray can crash if its start is interrupted: it is within a
-    `held()`. `start_options` are for a cluster that it starts.
+    modules to every node. Ray can crash if its start is interrupted: it is within a `held()`.
+    `start_options` are for a cluster that it starts.
     """
     nodes.head, nodes.places = nodes.Head(), nodes.Places()
     nodes.modules.clear()
@@ -77,8 +77,8 @@ def join(runtime_env, actor, held=contextlib.nullcontext, **start_options):
 def find_address():
     """The address of the Ray cluster to join, or "local" for a Ray of one's own.
 
-    RAY_ADDRESS names it, or else the last `ray start` on this machine: a Ray that another program has
-    started for itself ends with that program. ClusterError if there is none where RAY_ADDRESS says.
+    RAY_ADDRESS names it, or else the last `ray start` here: a program's own Ray ends with the program.
+    ClusterError if there is none where RAY_ADDRESS says.
     """
     named = os.environ.get("RAY_ADDRESS", "")
     if named == "local":

@@ -36,8 +36,7 @@ class Head:
     """The cluster's head, which knows the nodes. A thread asks it: Ray's own call waits for an answer.
 
     A head that refuses connections is gone; Ray ends this process a minute after that. A silent one may
-    only stand still: the run says so once, does what `when_silent` does, and goes on with the nodes
-    that it knows.
+    stand still: the run says so once, calls `when_silent`, and goes on with the nodes that it knows.
     """
 
     def __init__(self):
@@ -131,12 +130,11 @@ def look_around(module):
 def is_fast_in_bfloat16(place):
     """Whether the CPUs of a Place multiply bfloat16 faster than float32.
 
-    Intel's cores with AVX512_FP16 do so by AMX, which a hypervisor may hide: AVX512_BF16 did half as
-    much a second as float32 on the one that was measured (benchmarks/README.md).
+    Intel's cores with AVX512_FP16 do so by AMX alone, which a hypervisor may hide: AVX512_BF16 did half
+    as much a second as float32 there (benchmarks/README.md).
     """
     has = place.instructions
-    made_for_amx = has >= {"GenuineIntel", "avx512_fp16"}
-    return "amx_bf16" in has or ("avx512_bf16" in has and not made_for_amx)
+    return "amx_bf16" in has or ("avx512_bf16" in has and not has >= {"GenuineIntel", "avx512_fp16"})
 
 
 @ray.remote
@@ -207,10 +205,9 @@ places = Places()  # of the cluster that this process is on
 
 
 def leave():
-    """End this process once its node is left alone: then Ray runs the task on another one.
+    """End this process once its node is left alone, if it ever is: Ray runs the task elsewhere.
 
-    Ray lets go of the CPUs of a task that waits, and so the Guard finds all of them free. Returns if
-    the driver does not leave the node alone.
+    Ray lets go of the CPUs of a task that waits, and so the Guard finds all of them free.
     """
     name = f"guard of {ray.get_runtime_context().get_node_id()}"
     for _ in range(3 * ANSWER):
@@ -254,8 +251,7 @@ def room_for_workers(cpus, gpus):
 def room_for_images(mini_batches, one_set, batch):
     """Bytes that the object stores have for images before Ray spills them, beside all else.
 
-    That is gradients, a node's sum and weights of two iterations, sets of so many bytes each, and what
-    data tasks make: two tasks a CPU, two batches of so many bytes each.
+    These are gradients, sums and weights, sets of `one_set` bytes, and two batches of two tasks a CPU.
     """
     used = (mini_batches + 3 * len(head.nodes())) * one_set + 4 * total("CPU") * batch
     return int(0.8 * total("object_store_memory") - used)  # Ray spills a store that is fuller
@@ -265,9 +261,8 @@ class Room:
     """Where on the cluster workers start: on the node with the most room, and not where they fail.
 
     A node on which workers start in vain, or crash, is tried again after a while, and is left alone
-    after FAILURES_IN_A_ROW failures, or where memory was short. A worker has so many CPUs and GPUs;
-    `here` is the id of the driver's node. If workers compute in bfloat16, and the CPUs of the first
-    nodes all have instructions for it, then nodes without them are left alone.
+    after FAILURES_IN_A_ROW failures, or where memory was short. `here` is the id of the driver's node.
+    If the first nodes all have instructions for bfloat16, and workers use it, others are left alone.
     """
 
     def __init__(self, cpus, gpus, here, precision):
@@ -315,9 +310,9 @@ class Room:
 class Actor:
     """What Helper and Worker have in common: they say how long they have been at work.
 
-    The question has a thread of its own, "health" (see ACTOR). Ray begins a call once the objects of
-    its bare references are there, and all later calls wait with it; so methods take references in
-    lists, and get the objects themselves. While they wait for these, they are not at work.
+    The question has a thread of its own, "health" (see ACTOR). Ray begins a call once its bare
+    references are there, and later calls wait with it; so methods take references in lists, and get the
+    objects themselves. While they wait for these, they are not at work.
     """
 
     _since = math.inf  # nothing is at work

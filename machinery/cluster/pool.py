@@ -25,8 +25,7 @@ Member = namedtuple("Member", "number actor node deadline")
 class Request:
     """A call of a worker's method about a helpers.Drawn mini-batch, and what has come of it.
 
-    `value` is the last of the values that the method returns. Those before it stay where they are:
-    `results` are their references, and `member` is the worker that has made them.
+    `value` is the last value that the method returns, `results` are references of those before it.
     """
 
     def __init__(self, method, drawn, refs, arguments=(), returns=1):
@@ -34,7 +33,7 @@ class Request:
         self.method, self.drawn, self.refs = method, drawn, refs
         self.arguments, self.returns = arguments, returns  # returns: how many values
         self.number, self.value, self.results = None, None, []
-        self.member, self.deadline = None, None  # after the deadline, it is asked whether it hangs
+        self.member, self.deadline = None, None  # the worker, which is asked after that if it hangs
         self.crashes = []  # nodes on which workers were lost with it
 
 
@@ -88,8 +87,7 @@ class Pool(contextlib.AbstractContextManager):
     def _shortage(self):
         """What to say where the cluster has not room for all workers; nothing where it has.
 
-        Tasks that do nothing wait for this room if an autoscaler may add nodes for them. They end with
-        this job, also if it is killed.
+        Tasks that do nothing wait for room that an autoscaler may add. They end with this job.
         """
         cpus, gpus = self._cpus, self._gpus
         room = sum(nodes.room_for_workers(cpus, gpus).values())
@@ -133,10 +131,7 @@ class Pool(contextlib.AbstractContextManager):
                     self._room.failed(start.node, first_line(error) if ref in done else late_start)
 
     def wait(self):
-        """Wait until all workers are up; go on with fewer if some cannot start or find no room.
-
-        ClusterError if none is up by then.
-        """
+        """Wait until all workers are up; go on with fewer, but one, if some cannot start."""
         if shortage := self._shortage():
             say(f"{shortage}: waiting up to {limits['wait']} s for more nodes")
         self._wait_for(self.count)
@@ -193,9 +188,9 @@ class Pool(contextlib.AbstractContextManager):
 
     def _lose_dead(self):
         """Let all workers and helpers of dead nodes go."""
-        for node in {member.node for member in self._up.values()} | self.helpers.nodes():
+        for node in {*(member.node for member in self._up.values()), *self.helpers.at}:
             if not lives(node):
-                self.helpers.let_go(node)
+                self.helpers.at.pop(node, None)
                 if lost := [member for member in self._up.values() if member.node == node]:
                     self._lose(lost, f"node {node[:8]} is lost with {len(lost)} workers")
 
@@ -270,8 +265,8 @@ class Pool(contextlib.AbstractContextManager):
     def _send_ready(self, left, running, alike):
         """Send waiting requests whose images are there to free workers, and have the next ones drawn.
 
-        The first `alike` requests are spread over all workers, and those that follow like them. Returns
-        the references of images that free workers wait for.
+        The first `alike` requests are spread over all workers, those that follow like them. Returns the
+        references of images that free workers wait for.
         """
         here, busy = self.helpers.here, {request.member.number for request in running.values()}
         members = sorted(self._up.values(), key=lambda m: (m.node != here, m.node, m.number))

@@ -30,10 +30,8 @@ limits = {"task": math.inf, "wait": math.inf, "work": math.inf}
 def start(function, *arguments, name=None, **options):
     """Start a task on data that calls a function of a module; its reference, or references.
 
-    Ray runs it again if its process or its node dies, and to rebuild what it has made, as often as that
-    happens: no bound of Ray's tells these from a task that itself ends its process, see `run`.
-    References among the arguments come first. `name` names the task, if the function's name does not
-    say enough; `options` are more of Ray's.
+    Ray runs it again, without a bound, if its process or its node dies, and to rebuild what it has
+    made. References among the arguments come first. `name` is the task's, if not that of the function.
     """
     refs = [value for value in arguments if isinstance(value, ray.ObjectRef)]
     call = cloudpickle.dumps((function, arguments[len(refs) :]))
@@ -47,8 +45,8 @@ def run(name, seconds, call, *objects):
     """What a task does: it calls a function, and ends its process if that takes too long.
 
     The stack is in the node's log then. InputError if the task has ended MAX_STARTS processes here.
-    `call` is a pickle of the function, and of its arguments after `objects`: Ray itself does not run a
-    task again that it cannot unpickle, as on a node without our libraries.
+    `call` is a pickle of the function, and of its arguments after `objects`: what Ray cannot unpickle,
+    as on a node without our libraries, it does not run again.
     """
     context = ray.get_runtime_context()
     unique = f"ray-task-{context.get_node_id()}-{context.get_task_id()}"
@@ -76,8 +74,7 @@ def run(name, seconds, call, *objects):
 class Waiting:
     """A wait for `what()`: says so every PATIENCE seconds, and looks whether the head is there.
 
-    It calls `stalled` if nothing has come for as long as an actor may be at work, and for n times as
-    long before the n-th call.
+    It calls `stalled` each time that nothing has come for as long as an actor may be at work.
     """
 
     def __init__(self, what, stalled=lambda: None):

@@ -86,7 +86,7 @@ class Checkpoints:
     """Checkpoints in TensorFlow's own format, which `tf.train` reads: the newest three, and the best.
 
     A checkpoint is the state of an AlexNet, the mean image, and a run's Facts. Its index is written
-    last, and in S3, where a thread puts it, the file `checkpoint`, which names it, after that.
+    last, and after that the file `checkpoint`, which names it; a thread puts them into S3.
     """
 
     def __init__(self, place):
@@ -123,8 +123,7 @@ class Checkpoints:
     def start(self, iterations=math.inf, wanted=False):
         """The Start of a run up to so many iterations: the newest intact checkpoint, or iteration 0.
 
-        If one is `wanted`, to be evaluated or exported, and all iterations are made, then this is the
-        newest intact one up to there. InputError if there are none but damaged ones, which are named.
+        If one is `wanted`, to be evaluated, it has no more iterations. InputError if all are damaged.
         """
         there = self._iterations() if self.place else []
         reached = max(there, default=0)

@@ -29,10 +29,9 @@ class SavedModel:
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
 
         InputError if that fails, or it is to `keep` an older export. The old saved_model.pb goes first,
-        and the new one comes last, so that nobody loads one model's graph with another's weights. A
-        folder stays the same one: it can be a mount point.
+        and the new one comes last: nobody loads one's graph with the other's weights.
         """
-        folder = self._folder.path
+        folder = self._folder.path  # which stays, as it can be a mount point
         with write_errors(FLAG, self.place):
             if keep and MODEL in self._folder.names():
                 raise InputError(f"{self.place} keeps that of an earlier run")

@@ -50,8 +50,7 @@ def gathered(sources, chosen):
 def decode_image(data, size):
     """One encoded image as uint8 [height, width, 3] RGB, resized with an antialiasing filter.
 
-    Colour JPEGs, nearly all of ImageNet, take libjpeg-turbo and OpenCV; Pillow decides on the rest.
-    Raises ImageError.
+    JPEGs take libjpeg-turbo and OpenCV; Pillow decides on the rest. Raises ImageError.
     """
     return _decode(data, size)[0]
 

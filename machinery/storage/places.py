@@ -19,9 +19,8 @@ def open_place(flag, place, mark="", ours="", remote=True, unmarked=lambda folde
     """The folder that a flag names, tried as it will be used; None stays None, ~ is the home folder.
 
     `ours` is a pattern of the names that will be written there, `mark` one of a file of this program's
-    beside them. InputError if the place is of a kind that is not supported (S3 is only if `remote`),
-    would be lost, cannot be written, or has such names without a mark, unless `unmarked` says of the
-    folder that they are this program's all the same.
+    beside them. InputError if the place is of no supported kind (S3 is one if `remote`), would be lost,
+    cannot be written, or has such names without a mark, unless `unmarked` says that they are ours.
     """
     if place is None:
         return None
@@ -129,17 +128,12 @@ class S3Folder:
 
     def check(self):
         """Put a file here, list, read and delete it; from here on, S3 may take its time."""
-        self.try_out(f".check-{self._run}")
+        name = f".check-{self._run}"
+        (self.path / name).write_text("This may be deleted.")
+        for work in self.upload, self.names, self.download, self.delete:
+            work(name)
         # A store may need it to answer once it has 500 MB of a checkpoint.
         self.client = data_client(PATIENT.merge(Config(read_timeout=30)))
-
-    def try_out(self, name):
-        """Do with a file of this name what is going to be done with others."""
-        (self.path / name).write_text("This may be deleted.")
-        self.upload(name)
-        self.names(name)
-        self.download(name)
-        self.delete(name)
 
     def names(self, start=""):
         """Names of the files, or of those whose name starts so."""

@@ -41,9 +41,8 @@ SLOW_DOWN = re.compile("429|503|SlowDown|Throttl|TooManyRequests|LimitExceeded")
 # The codes that tell of credentials; a HEAD request has no answer but "400".
 REFUSED = re.compile("Expired|InvalidAccessKey|Invalid.*Token|InvalidSecurity|TokenRefresh|^400$")
 
-# Settings of botocore with other defaults. Checksums "when_required" save a HEAD request an object,
-# which costs as much as decoding a photo, and some S3-compatible stores refuse those that boto3 sends
-# by itself. A machine's metadata service may need more than a second.
+# Settings of botocore with other defaults. Checksums "when_required" save a HEAD request an object, and
+# some S3-compatible stores refuse others. A machine's metadata service may need more than a second.
 DEFAULTS = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
@@ -148,8 +147,7 @@ _client = functools.cache(data_client)  # a new one takes 50 ms
 def s3_location():
     """What `data_client` needs elsewhere: endpoint (only one that is configured), region and access.
 
-    Credentials are not part of it: every node has its own. AWS_NO_SIGN_REQUEST and AWS_REQUEST_PAYER,
-    named as GDAL names them, say how the data is reached if not by one's own credentials and account.
+    Every node has credentials of its own. AWS_NO_SIGN_REQUEST and AWS_REQUEST_PAYER are GDAL's names.
     """
     plain = data_client(IMPATIENT.merge(Config(ignore_configured_endpoint_urls=True))).meta
     meta = data_client().meta
@@ -222,8 +220,7 @@ def read_object(client, bucket, key, path=None):
 class S3File:
     """An object in S3 as a file to read forwards: threads fetch the next pieces ahead of time.
 
-    What lies behind is let go: AHEAD + 1 pieces are in memory. Raises InputError if the object is
-    unreadable or has changed since it was listed.
+    AHEAD + 1 pieces are in memory. InputError if it is unreadable or has changed since it was listed.
     """
 
     def __init__(self, client, bucket, tar, storm=30):

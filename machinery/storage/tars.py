@@ -24,9 +24,8 @@ def decode_part(tar, size, stored="pixels", start=0, most=PART):
     """Decode the images of a part of a tar, and store them in a form, "pixels" or "jpeg".
 
     `tar` is a file object, `start` the byte at which the part begins, 0 or the `rest` of the part
-    before; it ends with the tar, or after so many images or bytes. Returns images uint8 [n, height,
-    width, 3] or Jpegs, their n names in the tar, (name, reason) of each member that was left out and of
-    damage to the tar itself, and `rest`, the byte at which the next part begins, None after the last.
+    before. Returns images uint8 [n, height, width, 3] or Jpegs, their n names in the tar, what was left
+    out as (name, reason), also damage to the tar itself, and `rest`, None after the last part.
     """
     end, as_jpegs = tar.seek(0, io.SEEK_END), stored == "jpeg"
     # What no image is written to takes no memory.
@@ -113,10 +112,9 @@ class _Nothing(dict):
 
 
 def _header_class(file):
-    """The class of the headers of one walk through a file, which notes what is no header.
+    """The class of the headers of one walk through a file.
 
-    `last` is the place of the last block that was taken for a header, `damaged` that of the first one
-    since the last member that is none.
+    `last` is where the last block lies that was taken for one, `damaged` where no header was found.
     """
 
     class Header(tarfile.TarInfo):
