@@ -1,11 +1,11 @@
 """The network, its session and the checkpoints."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
 
 import alexnet
+import driver
 from machinery import ending, results
 from machinery.cluster import adding
 from machinery.errors import InputError, NotSaved
@@ -320,7 +320,7 @@ def test_a_best_checkpoint_whose_save_fails_is_told_until_there_is_a_better_one(
     tmp_path, said, last, lost
 ):
     there, away, network = tmp_path / "there", tmp_path / "away", thin_network()
-    args = argparse.Namespace(checkpoint_dir=str(there), export_dir=None, log_dir=None, iterations=9)
+    args = driver.read_flags(["--checkpoint-dir", str(there), "--iterations", "9"])
     outcome = results.Outcome(args, results.Report(), ending.Stop())
     outcome.begin(network, MEAN, Facts(mini_batches=2, precision="float32"))
     network.iteration = 1
