@@ -83,7 +83,7 @@ def as_bits(arrays):
 def forward(images, parameters, layers, dropout=lambda x, layer: x):
     """The logits float32 [n, classes] of images float32 [n, 224, 224, 3], pixels minus their mean.
 
-    All is computed in the parameters' type. `dropout` takes a dense layer's output and number.
+    All in between is of the parameters' type. `dropout` takes a dense layer's output and number.
     """
     precision, weights = parameters[0].dtype, iter(parameters)
     x = tf.cast(images / PIXEL_STD, precision)
@@ -153,7 +153,7 @@ class Momentum:
         return [self.weight_decay if len(v.shape) > 1 else 0 for v in parameters]
 
     def clipped(self, rate, norm):
-        """The rate whose step is that of the shortened gradient: SGD's is linear in the gradient."""
+        """The rate that makes the step of the shortened gradient: SGD is linear in the gradient."""
         return rate * self.clip_norm / norm if norm > self.clip_norm else rate
 
     def build(self, parameters, gradients, rate):
@@ -199,9 +199,8 @@ class AlexNet:
     def weights(self, precision="float32"):
         """The 16 weights in a precision, bfloat16 as its bits (see `as_bits`).
 
-        In the network's own precision they are read-only views: with the copies that a session fetches,
-        an iteration took 998 ms instead of 774 (float32, `benchmarks/step.py`). TensorFlow copies a
-        variable before it changes it while a view is held.
+        In the network's own precision they are read-only views: copies took a fifth of an iteration's
+        time in float32. TensorFlow copies a variable before it changes it while a view is held.
         """
         self.sess.run(self._show[precision])
         shown, self._shown = self._shown, None

@@ -48,7 +48,7 @@ CHECK_TARS = True  # False: a run resumes even if keys or ETags of tars are not 
 LEARNING_RATE = 0.005  # step size for LEARNING_RATE_IMAGES; the paper's 0.01 is for 128
 LEARNING_RATE_IMAGES = 40  # images of an iteration that it is for
 LEARNING_RATE_POWER = 0  # how it follows them: 0 not at all, 0.5 as their root (Krizhevsky 2014), 1 in
-# proportion (Goyal et al. 2017). 0 was best for 640 images, on ten classes (benchmarks/README.md).
+# proportion (Goyal et al. 2017). On ten classes, none was better (benchmarks/README.md).
 WARM_UP = 5000  # images over which a higher rate is reached (Goyal et al. 2017, section 2.2)
 LEARNING_RATE_DROPS = ()  # images from which on it is a tenth of what it was (paper, section 5)
 MOMENTUM = 0.9  # share of the last step that the next one keeps (paper, section 5)

@@ -1,6 +1,6 @@
 """What runs remotely, and what asks for it: labels, shuffle, mean image, mini-batches, the workers.
 
-Everything random is drawn from a seed that is an argument: so a task that runs again makes the same.
+Everything random is drawn from a seed that is an argument: a task that runs again makes the same data.
 """
 
 import contextlib
@@ -331,7 +331,7 @@ class Worker(Actor):
         self.iteration = None
 
     def update_weights(self, iteration, weightrefs, passed_on=()):
-        """Load an iteration's weights, once they are `passed_on`, unless they are loaded already."""
+        """Load an iteration's weights unless they are loaded; wait for references `passed_on` first."""
         if self.iteration != iteration:
             ray.wait(list(passed_on))
             [weights] = ray.get(weightrefs)

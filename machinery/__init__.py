@@ -1,4 +1,4 @@
-"""What a reader of the story may skip, and what imports nothing of it: a run in its surroundings."""
+"""How a run uses its surroundings. Readers of the story may skip this; it imports none of it."""
 
 import os
 

@@ -15,7 +15,7 @@ from ray import exceptions
 class Stop:
     """What SIGINT, SIGTERM and SIGHUP do in a `with`: they raise KeyboardInterrupt, with their number.
 
-    But not while the run is `held`, nor in a thread. Errors of Ray leave the `with` in one line.
+    While the run is `held`, they wait; in a thread, they are not its. Errors of Ray become one line.
     """
 
     def __init__(self):

@@ -165,7 +165,7 @@ class Outcome(contextlib.AbstractContextManager):
         self._checkpoints, self._model = Checkpoints(args.checkpoint_dir), SavedModel(args.export_dir)
         self._network, self._facts, self._mean, self._saved = None, None, None, time.monotonic()
         self._best = 0, 0  # top-1 and iteration of the best validation of this run
-        self.wanted = args.val_prefix is not None or args.export_dir is not None  # a trained network
+        self.wanted = args.val_prefix is not None or args.export_dir is not None  # a whole network is
         report.curves = open_place("--log-dir", args.log_dir, remote=False)
         if not args.checkpoint_dir and not args.export_dir:
             missing = "there is no --checkpoint-dir and no --export-dir"

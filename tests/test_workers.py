@@ -125,7 +125,7 @@ def test_a_helper_on_a_node_that_is_gone_is_forgotten(one_ray):
     with pytest.raises(ray.exceptions.ActorUnschedulableError):
         ray.get(start)
     helpers.let_go_hung()
-    assert set(helpers._on) == {helpers.here}
+    assert set(helpers.at) == {helpers.here}
 
 
 # ---- workers of other classes

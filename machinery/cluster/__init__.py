@@ -1,1 +1,1 @@
-"""Ray's nodes, tasks and actors there, and what replaces the lost. No S3 and no TensorFlow is here."""
+"""Ray's nodes, the tasks and actors on them, and who replaces lost ones: no S3 and no TensorFlow."""

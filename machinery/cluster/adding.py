@@ -35,8 +35,7 @@ def share_out(nodes, here):
     Returns a list of (node, tree), the additions of nodes in order, and the tree that is left for
     `here`. The sum of step i has the index len(nodes) + i. A node adds up the largest trees whose sets
     lie there. Where two trees of different nodes meet, their sum is formed on the node of the second.
-    The last sum of all is formed on `here` if one of its two trees lies there. So if the sets of `here`
-    come first, at most one set comes there from another node.
+    The last sum of all is formed on `here` if one of its two trees lies there.
     """
     steps = []
 

@@ -27,8 +27,7 @@ RETRY_START = 2  # seconds after which a worker is started again where one faile
 LEFT_ALONE = 300  # seconds that a node is left alone where workers have failed in a row
 WORKER_MEMORY = 10**9  # bytes of a worker: TensorFlow, its weights, a mini-batch (README.md)
 
-# Ray's options by which tasks and actors find the project's modules. They need none where the job has
-# these; joining.py sets them where a program has called `ray.init` before.
+# Ray's options by which tasks find our modules where a program has called `ray.init` without them.
 modules = {}
 
 
@@ -251,7 +250,7 @@ def room_for_workers(cpus, gpus):
 def room_for_images(mini_batches, one_set, batch):
     """Bytes that the object stores have for images before Ray spills them, beside all else.
 
-    These are gradients, sums and weights, sets of `one_set` bytes, and two batches of two tasks a CPU.
+    Beside them lie gradients, sums and weights of `one_set` bytes, and two batches of two tasks a CPU.
     """
     used = (mini_batches + 3 * len(head.nodes())) * one_set + 4 * total("CPU") * batch
     return int(0.8 * total("object_store_memory") - used)  # Ray spills a store that is fuller
@@ -262,7 +261,7 @@ class Room:
 
     A node on which workers start in vain, or crash, is tried again after a while, and is left alone
     after FAILURES_IN_A_ROW failures, or where memory was short. `here` is the id of the driver's node.
-    If the first nodes all have instructions for bfloat16, and workers use it, others are left alone.
+    If workers use bfloat16, and the first nodes have instructions for it, nodes without are left alone.
     """
 
     def __init__(self, cpus, gpus, here, precision):

@@ -33,8 +33,8 @@ class Request:
         self.method, self.drawn, self.refs = method, drawn, refs
         self.arguments, self.returns = arguments, returns  # returns: how many values
         self.number, self.value, self.results = None, None, []
-        self.member, self.deadline = None, None  # the worker, which is asked after that if it hangs
-        self.crashes = []  # nodes on which workers were lost with it
+        self.member, self.deadline = None, None  # a worker, which is asked after that whether it hangs
+        self.crashes = []  # nodes on which this run has lost workers with it
 
 
 class Patience:
@@ -67,14 +67,14 @@ class Pool(contextlib.AbstractContextManager):
         self._network, self._actor, self._can_grow = network, actor, can_grow
         self._cpus, self._gpus = network["threads"], network["gpus"]  # of a worker
         self._room = nodes.Room(self._cpus, self._gpus, self.helpers.here, network["precision"])
-        self._demand = []  # references of tasks that wait for room
+        self._nothing, self._demand = ray.remote(lambda: None), []  # tasks of it, which wait for room
         self.iteration, self._weights = None, None  # of the workers' weights; their reference
-        self._requests, self._patience = [], Patience()  # those for gradients; with what is lost
+        self._requests, self._patience = [], Patience()  # for gradients; with lost images
         self._means = []  # arrays of the mean gradients
         self._up = {}  # number -> Member
         self._starting = {}  # reference that resolves once the worker is up -> Member
-        if not can_grow and self._shortage():
-            raise ClusterError(f"{self._shortage()}: lower NUM_WORKERS or add nodes")
+        if (shortage := self._shortage()) and not can_grow:
+            raise ClusterError(f"{shortage}: lower NUM_WORKERS or add nodes")
         self._admit(timeout=0)
 
     def __exit__(self, *_):
@@ -95,9 +95,8 @@ class Pool(contextlib.AbstractContextManager):
             return ""
         if self._can_grow:
             _, demand = ray.wait(self._demand, num_returns=len(self._demand), timeout=0)
-            task = ray.remote(num_cpus=cpus, num_gpus=gpus)(lambda: None)
-            more = self.count - room - len(demand)
-            self._demand = demand + [task.remote() for _ in range(more)]
+            task, more = self._nothing.options(num_cpus=cpus, num_gpus=gpus), self.count - room
+            self._demand = demand + [task.remote() for _ in range(more - len(demand))]
         asked = f"{self.count} workers of {cpus} CPUs and {gpus} GPUs each were asked for"
         return f"{asked}, the cluster has room for {room}"
 
@@ -106,8 +105,6 @@ class Pool(contextlib.AbstractContextManager):
         workers = [*self._up.values(), *self._starting.values()]
         missing = sorted(set(range(self.count)) - {worker.number for worker in workers})
         there = Counter(worker.node for worker in workers)
-        if missing and self._can_grow:
-            self._shortage()  # which asks for nodes
         for number, node in zip(missing, self._room.places(there), strict=False):
             share = {"num_cpus": self._cpus - LEFT_FREE, "num_gpus": self._gpus}
             actor = self._actor.options(**share, **nodes.on_node(node)).remote(self._network)
@@ -131,7 +128,7 @@ class Pool(contextlib.AbstractContextManager):
                     self._room.failed(start.node, first_line(error) if ref in done else late_start)
 
     def wait(self):
-        """Wait until all workers are up; go on with fewer, but one, if some cannot start."""
+        """Wait until all workers are up, or some: ClusterError if none can start."""
         if shortage := self._shortage():
             say(f"{shortage}: waiting up to {limits['wait']} s for more nodes")
         self._wait_for(self.count)
@@ -160,18 +157,16 @@ class Pool(contextlib.AbstractContextManager):
         deadline = time.monotonic() + limits["wait"]
         while len(self._up) < count and time.monotonic() < deadline and not self._room.given_up():
             self._admit(timeout=1)
-            some_fail = self._up and self._room.why and not self._starting
-            if some_fail and not self._shortage():
+            waits = self._starting or self._shortage()  # which asks for nodes
+            if self._up and self._room.why and not waits:
                 return
 
     def machine(self):
         """What the last bits of a result depend on: a dict of texts."""
         there = [nodes.places.known[member.node] for member in self._up.values()]
-        found = {
-            "CPU": {place.cpu for place in there},
-            "CPU instructions": {" ".join(sorted(place.instructions)) for place in there},
-            "TensorFlow": {place.tensorflow for place in there},
-        }
+        instructions = {" ".join(sorted(place.instructions)) for place in there}
+        found = {"CPU": {place.cpu for place in there}, "CPU instructions": instructions}
+        found["TensorFlow"] = {place.tensorflow for place in there}
         machine = {what: "; ".join(sorted(values)) for what, values in found.items()}
         for what, values in found.items():
             if len(values) > 1:
@@ -193,6 +188,7 @@ class Pool(contextlib.AbstractContextManager):
                 self.helpers.at.pop(node, None)
                 if lost := [member for member in self._up.values() if member.node == node]:
                     self._lose(lost, f"node {node[:8]} is lost with {len(lost)} workers")
+        self._shortage()  # which asks for nodes
 
     def update_weights(self, iteration, weightref):
         """Have every worker load an iteration's weights, which all requests are about from now on."""
@@ -242,7 +238,7 @@ class Pool(contextlib.AbstractContextManager):
         """Share out Requests, each to the first free worker, until all have values; returns them."""
         self._requests = [request for request in requests if request.returns > 1]
         for number, request in enumerate(requests):
-            request.number = number
+            request.number, request.crashes = number, []
         left, running = deque(requests), {}  # reference of a last value -> Request
         self._patience = Patience()
 
@@ -290,11 +286,15 @@ class Pool(contextlib.AbstractContextManager):
 
     def _is_over(self, request):
         """Whether a request's worker is lost or hangs: nobody waits for it longer."""
-        member, late = request.member, time.monotonic() > request.deadline
+        member = request.member
+        if self._up.get(member.number) is not member:
+            return True
+        late = time.monotonic() > request.deadline
         if late and not nodes.hangs(member.actor, limits["work"]):
             say(f"worker {member.number} waits for weights or images")
+            self.helpers.let_go_hung()
             request.deadline, late = time.monotonic() + limits["work"], False
-        return late or self._up.get(member.number) is not member
+        return late
 
     def _collect(self, request, ended):
         """Whether a request that has ended or is over has its value; else it must be computed again."""

@@ -22,8 +22,7 @@ LONGEST = 10**8  # seconds, three years, that the standard library can count dow
 PATIENCE = 30  # seconds of waiting after which the run says what it waits for, and again
 TICK = 0.2  # seconds of one wait in Ray, which looks for signals only once a second
 
-# Seconds that a task may take, that a wait for a worker or for a node that can run a task may take, and
-# that an actor may be at work before it is asked whether it hangs: see driver.py.
+# Seconds, which driver.py sets, of a task, of a wait for a worker or a node, and of an actor at work.
 limits = {"task": math.inf, "wait": math.inf, "work": math.inf}
 
 
@@ -31,7 +30,7 @@ def start(function, *arguments, name=None, **options):
     """Start a task on data that calls a function of a module; its reference, or references.
 
     Ray runs it again, without a bound, if its process or its node dies, and to rebuild what it has
-    made. References among the arguments come first. `name` is the task's, if not that of the function.
+    made. References among the arguments must come first. The task has the function's name, or `name`.
     """
     refs = [value for value in arguments if isinstance(value, ray.ObjectRef)]
     call = cloudpickle.dumps((function, arguments[len(refs) :]))
@@ -45,8 +44,8 @@ def run(name, seconds, call, *objects):
     """What a task does: it calls a function, and ends its process if that takes too long.
 
     The stack is in the node's log then. InputError if the task has ended MAX_STARTS processes here.
-    `call` is a pickle of the function, and of its arguments after `objects`: what Ray cannot unpickle,
-    as on a node without our libraries, it does not run again.
+    `call` is a pickle of the function and its arguments after `objects`. It is unpickled here: a task
+    that Ray cannot unpickle, as on a node without our libraries, it does not run again.
     """
     context = ray.get_runtime_context()
     unique = f"ray-task-{context.get_node_id()}-{context.get_task_id()}"
@@ -74,7 +73,7 @@ def run(name, seconds, call, *objects):
 class Waiting:
     """A wait for `what()`: says so every PATIENCE seconds, and looks whether the head is there.
 
-    It calls `stalled` each time that nothing has come for as long as an actor may be at work.
+    It calls `stalled` when nothing has come for as long as an actor may be at work, twice as long, ...
     """
 
     def __init__(self, what, stalled=lambda: None):

@@ -123,7 +123,7 @@ class Checkpoints:
     def start(self, iterations=math.inf, wanted=False):
         """The Start of a run up to so many iterations: the newest intact checkpoint, or iteration 0.
 
-        If one is `wanted`, to be evaluated, it has no more iterations. InputError if all are damaged.
+        One that is `wanted`, to be evaluated, has no more than those. InputError if all are damaged.
         """
         there = self._iterations() if self.place else []
         reached = max(there, default=0)

@@ -29,7 +29,7 @@ class SavedModel:
         """Export an AlexNet, whose images were centred by a mean image float32 [256, 256, 3].
 
         InputError if that fails, or it is to `keep` an older export. The old saved_model.pb goes first,
-        and the new one comes last: nobody loads one's graph with the other's weights.
+        and the new one comes last: nobody loads the graph of one with the weights of the other.
         """
         folder = self._folder.path  # which stays, as it can be a mount point
         with write_errors(FLAG, self.place):

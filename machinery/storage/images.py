@@ -50,7 +50,7 @@ def gathered(sources, chosen):
 def decode_image(data, size):
     """One encoded image as uint8 [height, width, 3] RGB, resized with an antialiasing filter.
 
-    JPEGs take libjpeg-turbo and OpenCV; Pillow decides on the rest. Raises ImageError.
+    Most JPEGs take libjpeg-turbo and OpenCV; Pillow decides on the rest. Raises ImageError.
     """
     return _decode(data, size)[0]
 

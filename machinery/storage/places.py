@@ -128,12 +128,15 @@ class S3Folder:
 
     def check(self):
         """Put a file here, list, read and delete it; from here on, S3 may take its time."""
-        name = f".check-{self._run}"
+        self.try_out(f".check-{self._run}")
+        # A store may need it to answer once it has 500 MB of a checkpoint.
+        self.client = data_client(PATIENT.merge(Config(read_timeout=30)))
+
+    def try_out(self, name):
+        """Do with a file of this name what is going to be done with others."""
         (self.path / name).write_text("This may be deleted.")
         for work in self.upload, self.names, self.download, self.delete:
             work(name)
-        # A store may need it to answer once it has 500 MB of a checkpoint.
-        self.client = data_client(PATIENT.merge(Config(read_timeout=30)))
 
     def names(self, start=""):
         """Names of the files, or of those whose name starts so."""

@@ -41,8 +41,8 @@ SLOW_DOWN = re.compile("429|503|SlowDown|Throttl|TooManyRequests|LimitExceeded")
 # The codes that tell of credentials; a HEAD request has no answer but "400".
 REFUSED = re.compile("Expired|InvalidAccessKey|Invalid.*Token|InvalidSecurity|TokenRefresh|^400$")
 
-# Settings of botocore with other defaults. Checksums "when_required" save a HEAD request an object, and
-# some S3-compatible stores refuse others. A machine's metadata service may need more than a second.
+# Settings of botocore with other defaults. Checksums that are not required cost a HEAD request an
+# object, and some stores refuse them. A machine's metadata service may need more than a second.
 DEFAULTS = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",

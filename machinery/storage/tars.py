@@ -114,7 +114,7 @@ class _Nothing(dict):
 def _header_class(file):
     """The class of the headers of one walk through a file.
 
-    `last` is where the last block lies that was taken for one, `damaged` where no header was found.
+    `last` is where the last block lies that was read as one, `damaged` where the first that is none.
     """
 
     class Header(tarfile.TarInfo):
