@@ -9,6 +9,7 @@ SIGUSR1 prints where each thread is.
 
 import ast
 import faulthandler
+import os
 import re
 import signal
 import sys
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs by its path, from anywhere
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # as driver.py: an import may drop an exception
 
 import driver
 import functions
